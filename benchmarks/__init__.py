@@ -1,0 +1,1 @@
+"""Benchmarks that measure, compare and judge themselves: `python -m benchmarks.NAME [--quick]`."""

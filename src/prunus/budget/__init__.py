@@ -1,0 +1,1 @@
+"""How much may stay, and who competes with whom."""

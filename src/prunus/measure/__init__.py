@@ -1,0 +1,1 @@
+"""Measuring: accuracy, cost, activity, similarity, and the intervals that go with every mean."""

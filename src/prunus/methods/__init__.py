@@ -1,0 +1,1 @@
+"""Named methods, one per file; `registry.py` lists them."""

@@ -1,0 +1,113 @@
+"""What a step method is: a set of choices and three moments at which it may change the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunus.budget.allocate import check_fraction
+from prunus.budget.budgets import Problem, budget, decide
+from prunus.budget.select import keep_count
+from prunus.errors import InvalidValue
+from prunus.masks import Masks
+from prunus.units import NM, unit
+
+if TYPE_CHECKING:
+    from prunus.sparsifier import Sparsifier
+
+BudgetChoice = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all step methods. Fields hold choices as given; state lives in the `Sparsifier` they are attached to.
+
+    Attributes:
+        sparsity: final share of zeros among prunable weights, in [0, 1).
+    """
+
+    sparsity: float = 0.9
+
+    def check(self, steps: int, steps_per_epoch: int | None) -> None:
+        """Raise a typed error when the choices do not make sense for a training of this length."""
+        check_fraction("sparsity", self.sparsity, one_allowed=False)
+
+    def start(self, s: Sparsifier) -> Masks:
+        """Return the masks in force before the first step."""
+        raise NotImplementedError
+
+    def wants_dense_gradients(self, s: Sparsifier) -> bool:
+        """Whether the coming step's gradients must stay unmasked because this method reads them."""
+        return False
+
+    def trains_dense(self, s: Sparsifier) -> bool:
+        """Whether the coming step updates dense weights behind the masked ones, whose state must not be masked."""
+        return False
+
+    def before(self, s: Sparsifier) -> None:
+        """Act when gradients are ready and the optimizer has not moved yet."""
+
+    def after(self, s: Sparsifier) -> None:
+        """Act after the optimizer moved and pruned entries were zeroed; `s.step` steps are done."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and choices as JSON-ready values."""
+        return {"method": type(self).__name__} | {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def select(
+    s: Sparsifier,
+    sparsity: float,
+    *,
+    score: str = "magnitude",
+    budget_choice: BudgetChoice = "global",
+    unit_choice: str = "weight",
+    among: Masks | None = None,
+) -> Masks:
+    """Score, spend the budget, keep: the masks at `sparsity` for the weights as they are now.
+
+    Args:
+        s: the running sparsifier, which has weights, gradients and step.
+        sparsity: share of zeros over all prunable entries.
+        score: name of a score whose needs a training loop can meet.
+        budget_choice: see `prunus.budget.budgets.budget`.
+        unit_choice: see `prunus.units.unit`.
+        among: only entries kept here may stay (nested pruning).
+    """
+    scores = s.scores(score)
+    if among is not None:
+        scores = {n: v.masked_fill(~among[n].to(v.device), -torch.inf) for n, v in scores.items()}
+    what = unit(unit_choice)
+    total = sum(a.size for a in s.addresses.values())
+    keep = total if sparsity == 0 else keep_count(total, sparsity)
+    if isinstance(what, NM) and sparsity == 0:
+        return Masks({n: torch.ones_like(v, dtype=torch.bool) for n, v in scores.items()})
+    chosen = budget(budget_choice)
+    if chosen.needs_scores or chosen.needs_distortion:
+        raise InvalidValue(
+            f"budget {budget_choice!r} runs the model on data, which a training hook cannot; prune first with "
+            "prunus.prune(..., data=...) and pass its masks to sparsify."
+        )
+    return decide(Problem(addresses=s.addresses, scores=scores, keep=keep, unit=what), chosen)
+
+
+def random_masks(s: Sparsifier, sparsity: float, budget_choice: BudgetChoice) -> Masks:
+    """Return masks at random positions with exact counts divided by `budget_choice`."""
+    return select(s, sparsity, score="random", budget_choice=budget_choice)
+
+
+def zeros_like_weights(s: Sparsifier) -> dict[str, Tensor]:
+    """Return one float32 zero tensor per prunable parameter."""
+    return {n: torch.zeros_like(p, dtype=torch.float32) for n, p in s.parameters.items()}

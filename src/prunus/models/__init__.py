@@ -1,0 +1,1 @@
+"""Small reference networks, and lazy doors to the large collections (timm, torchvision, transformers)."""

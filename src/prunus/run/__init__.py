@@ -1,0 +1,1 @@
+"""Runs: recipes, run folders and the named stages that are done once and never twice."""

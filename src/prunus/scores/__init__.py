@@ -1,0 +1,1 @@
+"""How much each unit matters: one small pure function per score; higher means keep."""

@@ -1,0 +1,14 @@
+"""Scores from paths through the net, without data."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def synflow(weight: Tensor, flow_gradient: Tensor) -> Tensor:
+    """Return |w| * dR/d|w|, where R is the summed output for an all-ones input with all parameters made positive.
+
+    Summed over a layer it equals R for bias-free ReLU nets (conservation), so no layer collapses while rounds are
+    many. Source: SynFlow (Tanaka et al., NeurIPS 2020, eq. 9).
+    """
+    return weight.abs() * flow_gradient

@@ -1,0 +1,262 @@
+"""A method in any training loop: one added line, through optimizer step hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.distributed import agree
+from prunus.errors import DamagedFile, InvalidValue
+from prunus.hold import Hold
+from prunus.masks import Masks
+from prunus.methods.base import Method
+from prunus.parameters import check_finite, parameters_of, prunable
+from prunus.randomness import generator
+from prunus.schedule import Duration, steps_of
+from prunus.scores.registry import SCORES
+
+
+class Sparsifier(Hold):
+    """A method attached to a model and its optimizer; made by `sparsify`.
+
+    Attributes:
+        model, optimizer, method: what was given.
+        addresses: the prunable tensors and their layouts.
+        masks: the masks in force.
+        step: optimizer steps done since attaching.
+        steps: length of the whole training in optimizer steps.
+        explored: union of all masks so far; `explored.density` is the exploration rate R_s of Liu et al., ICML 2021.
+        memory: tensors a method keeps between steps, by "kind/parameter name"; part of the saved state.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: Method | None,
+        *,
+        steps: int,
+        steps_per_epoch: int | None = None,
+        masks: Masks | None = None,
+        seed: int = 0,
+        include: Sequence[str] | str = (),
+        exclude: Sequence[str] | str = (),
+    ):
+        if method is None and masks is None:
+            raise InvalidValue("give a method, or masks to hold.")
+        self.method = method
+        self.steps = steps
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.step = 0
+        self.memory: dict[str, Tensor] = {}
+        self.addresses = prunable(model, include=include, exclude=exclude)
+        if masks is not None:
+            masks.parameters(model)
+            self.addresses = _restrict(self.addresses, masks, model, include)
+        self.parameters = parameters_of(model, self.addresses)
+        self.model = model
+        check_finite({n: p.detach() for n, p in self.parameters.items()}, "weight")
+        if method is not None:
+            method.check(steps, steps_per_epoch)
+        self._given = masks
+        first = method.start(self) if method is not None else masks
+        assert first is not None
+        first = agree(first)
+        self.explored = first
+        super().__init__(model, optimizer, first)
+
+    # -- what methods use -----------------------------------------------------------------------------------
+
+    @property
+    def given(self) -> Masks | None:
+        """The masks handed to `sparsify`, if any: where the method starts from."""
+        return self._given
+
+    def in_steps(self, duration: Duration) -> int:
+        """Return a duration in optimizer steps of this training."""
+        return steps_of(duration, total_steps=self.steps, steps_per_epoch=self.steps_per_epoch)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the last gradient of every prunable tensor (zeros where there is none), float32 or wider."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            found[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach()
+        return {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in found.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the prunable weights, detached, float32 or wider."""
+        return {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in self.parameters.items()}
+
+    def noise(self, purpose: str = "noise") -> dict[str, Tensor]:
+        """Return uniform noise for every prunable tensor, keyed by seed, purpose and step."""
+        return {
+            n: torch.rand(p.shape, generator=generator(self.seed, purpose, self.step, n)).to(p.device)
+            for n, p in self.parameters.items()
+        }
+
+    def scores(self, name: str) -> dict[str, Tensor]:
+        """Return the score called `name` from what a training step has: weights, gradients, noise, movement.
+
+        Raises:
+            UnknownName: no such score.
+            InvalidValue: the score needs evidence that a training hook cannot gather.
+        """
+        info = SCORES.entry(name)
+        available: dict[str, Any] = {"weight": self.weights, "gradient": self.gradients, "noise": self.noise}
+        if "movement" in info.needs:
+            available["movement"] = lambda: {n: self.memory[f"movement/{n}"] for n in self.parameters}
+        missing = [need for need in info.needs if need not in available]
+        if missing:
+            raise InvalidValue(
+                f"score {info.name!r} needs {', '.join(missing)}, which a training hook cannot gather; prune with "
+                "prunus.prune(..., data=...) and pass its masks to sparsify."
+            )
+        evidence = {need: available[need]() for need in info.needs}
+        function = info.load()
+        return {n: function(**{need: evidence[need][n] for need in info.needs}) for n in self.parameters}
+
+    def update(self, masks: Masks) -> None:
+        """Put new masks in force (rank 0's, when several processes train together)."""
+        self.masks = agree(masks)
+        self.explored = self.explored | self.masks
+
+    def masks_state(self) -> bool:
+        """See `Hold.masks_state`."""
+        return self.method is None or not self.method.trains_dense(self)
+
+    # -- hooks ----------------------------------------------------------------------------------------------
+
+    def _before_step(self) -> None:
+        if self.method is None or not self.method.wants_dense_gradients(self):
+            self._mask_gradients()
+        if self.method is not None:
+            self.method.before(self)
+
+    def _after_step(self) -> None:
+        dense = self.method is not None and self.method.trains_dense(self)
+        self.step += 1
+        if not dense:
+            self.apply()
+        if self.method is not None:
+            self.method.after(self)
+
+    # -- saving ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue: {"tensors": {name: Tensor}, "values": JSON-ready dict}."""
+        tensors: dict[str, Tensor] = {}
+        for kind, masks in (("masks", self.masks), ("explored", self.explored)):
+            tensors |= {f"{kind}/{n}": t for n, t in masks.packed().items()}
+        tensors |= {f"memory/{k}": v.detach().clone() for k, v in self.memory.items()}
+        shapes = {n: list(m.shape) for n, m in self.masks.items()}
+        description = self.method.describe() if self.method is not None else None
+        return {
+            "tensors": tensors,
+            "values": {
+                "step": self.step,
+                "steps": self.steps,
+                "seed": self.seed,
+                "method": description,
+                "shapes": shapes,
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            InvalidValue: the state belongs to another method or to a training of another length.
+            DamagedFile: tensors are missing.
+        """
+        values, tensors = state["values"], state["tensors"]
+        description = self.method.describe() if self.method is not None else None
+        for name, mine in (("method", description), ("steps", self.steps), ("seed", self.seed)):
+            if values[name] != mine:
+                raise InvalidValue(
+                    f"the saved state has {name} {values[name]!r}, this run {mine!r}; resume with the same."
+                )
+        try:
+            packed = {k: {n: tensors[f"{k}/{n}"] for n in values["shapes"]} for k in ("masks", "explored")}
+        except KeyError as error:
+            raise DamagedFile(f"the saved state lacks {error}; use an older checkpoint.") from error
+        masks, explored = (Masks.unpacked(packed[k], values["shapes"]) for k in ("masks", "explored"))
+        self.step = int(values["step"])
+        device = next(iter(self.parameters.values())).device
+        self.memory = {
+            k.removeprefix("memory/"): v.to(device).clone() for k, v in tensors.items() if k.startswith("memory/")
+        }
+        self.explored = explored
+        self.masks = masks
+
+
+def _restrict(addresses: Any, masks: Masks, model: nn.Module, include: Sequence[str] | str) -> Any:
+    """Limit the prunable tensors to those the given masks name."""
+    missing = [n for n in masks if n not in addresses]
+    if missing:
+        addresses = prunable(
+            model, include=[*([include] if isinstance(include, str) and include else include), *missing]
+        )
+    return type(addresses)({n: addresses[n] for n in masks}, addresses.skipped)
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: Method | str | None = None,
+    *,
+    steps: int,
+    steps_per_epoch: int | None = None,
+    masks: Masks | None = None,
+    seed: int = 0,
+    include: Sequence[str] | str = (),
+    exclude: Sequence[str] | str = (),
+) -> Sparsifier:
+    """Prune `model` while your own loop trains it: this one line is all the loop needs.
+
+    The method acts inside `optimizer.step()`, so gradient accumulation, autocast, torch.compile,
+    DistributedDataParallel, Lightning and Accelerate work unchanged. Pruned weights and their optimizer state
+    are exactly zero after every step.
+
+    Args:
+        model: any module; wrappers are looked through.
+        optimizer: the torch optimizer that trains it (or Accelerate's or Lightning's wrapper around it).
+        method: a step method such as `prunus.RigL(sparsity=0.9)`, its name, or None to hold `masks` fixed.
+        steps: how many optimizer steps the training will take.
+        steps_per_epoch: optimizer steps per epoch; needed when the method has durations in "ep".
+        masks: masks to start from (from `prunus.prune`, or an earlier run).
+        seed: for random positions and ties of random growth.
+        include, exclude: shell patterns of parameter names (see `prunus.parameters.prunable`).
+
+    Returns:
+        The handle: `.masks`, `.step`, `.explored`, `.state_dict()`, `.load_state_dict()`, `.detach()`.
+
+    Raises:
+        NothingPrunable, NonFinite, InvalidValue, UnknownName, MaskMismatch, ScheduleTooShort.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InvalidValue(f"steps {steps!r} must be the whole number of optimizer steps of the training, at least 1.")
+    if isinstance(method, str):
+        from prunus.methods.registry import METHODS
+
+        method = METHODS.build(method)
+    if method is not None and not isinstance(method, Method):
+        raise InvalidValue(
+            f"{method!r} is not a step method; step methods are listed by `prunus ls methods`. Procedures such as IMP "
+            "run whole trainings and are used through `prunus run`."
+        )
+    return Sparsifier(
+        model,
+        optimizer,
+        method,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        masks=masks,
+        seed=seed,
+        include=include,
+        exclude=exclude,
+    )

@@ -1,0 +1,1 @@
+"""Training: objectives, learning rates, optimizers, the loop and its checkpoints."""
