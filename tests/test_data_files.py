@@ -152,7 +152,7 @@ def test_idx_damage(tmp_path: Path) -> None:
     zipped = tmp_path / "images.gz"
     for content in (b"no gzip", gzip.compress(whole)[:-9], b""):
         zipped.write_bytes(content)
-        with pytest.raises(DataDamaged, match="images.gz"):
+        with pytest.raises(DataDamaged, match=r"images\.gz"):
             read_idx_file(zipped, 3)
 
 
@@ -161,10 +161,10 @@ def test_idx_labels_and_counts(tmp_path: Path) -> None:
     mnist(folder, packed=False)
     labels = folder / "train-labels-idx1-ubyte"
     labels.write_bytes(idx(np.arange(7)))
-    with pytest.raises(DataDamaged, match="8 images but .* 7 labels"):
+    with pytest.raises(DataDamaged, match=r"8 images but .* 7 labels"):
         load("mnist", root=tmp_path)
     labels.write_bytes(idx(np.array([0, 1, 2, 3, 4, 10, 6, 7])))
-    with pytest.raises(DataDamaged, match="label 10 of example 5 in .*train-labels"):
+    with pytest.raises(DataDamaged, match=r"label 10 of example 5 in .*train-labels"):
         load("mnist", root=tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -170,31 +171,27 @@ def test_hashes(tmp_path: Path) -> None:
     assert sha256_bytes(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+words = st.text(st.characters(codec="utf-8"))
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner) | st.dictionaries(words, inner),
     max_leaves=10,
 )
 
 
 @given(json_values)
 def test_canonical_json_reads_back_and_is_a_fixed_point(value: object) -> None:
-    import json
-
-    try:
-        data = canonical_json(value)
-    except InvalidValue as error:
-        assert "surrogate" in str(error)
-        return
+    data = canonical_json(value)
     assert canonical_json(json.loads(data)) == data
     assert data.endswith(b"\n")
 
 
 def test_canonical_json_ignores_the_order_of_keys() -> None:
-    assert canonical_json({"b": 1, "a": "ü"}) == canonical_json({"a": "ü", "b": 1}) == '{\n  "a": "ü",\n  "b": 1\n}\n'.encode()
+    expected = '{\n  "a": "ü",\n  "b": 1\n}\n'.encode()
+    assert canonical_json({"b": 1, "a": "ü"}) == canonical_json({"a": "ü", "b": 1}) == expected
 
 
-@pytest.mark.parametrize("value", [math.nan, [1.0, math.inf], {"a": -math.inf}, {1, 2}, b"x", {("a",): 1}])
+@pytest.mark.parametrize("value", [math.nan, [1.0, math.inf], {"a": -math.inf}, {1, 2}, b"x", {("a",): 1}, "\ud800"])
 def test_canonical_json_refuses_what_json_cannot_say(value: object) -> None:
     with pytest.raises(InvalidValue, match="cannot be written as JSON"):
         canonical_json(value)

@@ -142,6 +142,7 @@ def test_training_records_its_schedule():
         ({"batch_size": 0}, "batch_size=0"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"steps": -1}, "steps=-1"),
+        ({"epochs": 2.5}, "epochs=2.5 must be a whole number"),
         ({"evaluate_every": 0}, "evaluate_every=0"),
         ({"clip_norm": "big"}, "clip_norm='big'"),
     ],

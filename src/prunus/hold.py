@@ -20,12 +20,17 @@ class OptimizerHooks:
     """Calls `before` when gradients are ready and `after` when weights have moved, once per optimizer step.
 
     When the step is given a closure (Lightning, L-BFGS), gradients exist only once the closure has run, so the
-    closure is wrapped and `before` runs at its end.
+    closure is wrapped and `before` runs at its end. Both run without recording gradients.
+
+    A gradient scaler leaves out `optimizer.step()` when gradients overflowed, except for fused optimizers: those
+    are called all the same, skip inside their kernel, and get gradients that are still scaled. Here such a step is
+    no step either, and `before` sees true gradients.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]):
         self._before = before
         self._after = after
+        self._skipped = False
         inner = bare_optimizer(optimizer)
         self._handles = [inner.register_step_pre_hook(self._pre), inner.register_step_post_hook(self._post)]
 
@@ -34,13 +39,18 @@ class OptimizerHooks:
         position = None
         if closure is None and len(args) > 1 and callable(args[1]):
             closure, position = args[1], 1
+        self._skipped = overflowed(optimizer)
         if closure is None:
-            self._before()
+            if not self._skipped:
+                unscale(optimizer)
+                with torch.no_grad():
+                    self._before()
             return None
 
         def then_before() -> Any:
             result = closure()
-            self._before()
+            with torch.no_grad():
+                self._before()
             return result
 
         if position is None:
@@ -48,7 +58,9 @@ class OptimizerHooks:
         return (*args[:1], then_before, *args[2:]), kwargs
 
     def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._after()
+        if not self._skipped:
+            with torch.no_grad():
+                self._after()
 
     def remove(self) -> None:
         """Take both hooks off the optimizer."""
@@ -57,14 +69,41 @@ class OptimizerHooks:
         self._handles = []
 
 
+def overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a gradient scaler runs this step of a fused optimizer only to have it skipped."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found)
+
+
+@torch.no_grad()
+def unscale(optimizer: torch.optim.Optimizer) -> None:
+    """Divide gradients by the scale that a fused optimizer was given to do it with, and take the scale away."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if not isinstance(scale, Tensor):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(scale.to(parameter.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+# By name, because neither library needs to be installed. They imitate the class of the optimizer they wrap.
+_WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
+
+
+def _is_wrapper(optimizer: Any) -> bool:
+    return any(kind.__name__ in _WRAPPERS for kind in type(optimizer).__mro__)
+
+
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside wrappers that carry it as `.optimizer` (Accelerate, Lightning).
+    """Return the torch optimizer inside wrappers that carry it as `.optimizer` (Accelerate, Lightning, Fabric).
 
     Raises:
         InvalidValue: there is no torch optimizer inside.
     """
     seen: set[int] = set()
-    while not hasattr(optimizer, "register_step_post_hook") or type(optimizer).__name__ == "AcceleratedOptimizer":
+    while not hasattr(optimizer, "register_step_post_hook") or _is_wrapper(optimizer):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None or id(inner) in seen:
             raise InvalidValue(

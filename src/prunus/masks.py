@@ -226,9 +226,10 @@ class Masks(Mapping[str, Tensor]):
 
     def to_bytes(self) -> bytes:
         """Return the masks as a bit-packed safetensors file with shapes and content hash in its header."""
-        shapes = json.dumps({n: list(m.shape) for n, m in self.items()})
-        header = {"format": _FORMAT, "shapes": shapes, "sha256": self.digest()}
-        return safetensors_save(self.packed(), metadata=header)
+        shapes = {n: list(m.shape) for n, m in self.items()}
+        # One key only: safetensors writes several in random order, and equal masks should be equal files.
+        header = json.dumps({"format": _FORMAT, "shapes": shapes, "sha256": self.digest()})
+        return safetensors_save(self.packed(), metadata={"prunus": header})
 
     @classmethod
     def from_bytes(cls, data: bytes, *, source: str = "masks") -> Masks:
@@ -240,8 +241,8 @@ class Masks(Mapping[str, Tensor]):
         try:
             packed = safetensors_load(data)
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-            shapes = {n: tuple(int(s) for s in shape) for n, shape in json.loads(header["shapes"]).items()}
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["prunus"])
+            shapes = {n: tuple(int(s) for s in shape) for n, shape in header["shapes"].items()}
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DamagedFile(f"{source} is not a readable mask file ({error}); restore it from a copy.") from error
         sound = (

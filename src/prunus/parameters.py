@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model`, also where modules carry computed tensors that `copy.deepcopy` refuses.
+
+    Layers under torch.nn.utils.prune, weight_norm or spectral_norm hold their weight as the result of a computation,
+    which they repeat before every call; the copy starts from its value.
+    """
+    computed = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None)
+    return copy.deepcopy(model, {id(v): v.detach().clone() for v in computed})
+
+
 _RECURRENT_GATES = {"RNN": 1, "RNNCell": 1, "GRU": 3, "GRUCell": 3, "LSTM": 4, "LSTMCell": 4}
 _ZERO_KEEPING = {"_SpectralNorm"}  # parametrizations under which a zero entry stays zero
 
@@ -162,6 +173,10 @@ def _layout(module: nn.Module, tensor_name: str, path: str) -> dict[str, object]
 def _reason_to_skip(parameter: Tensor, layout: dict[str, object] | None, embedded: bool) -> str | None:
     if not parameter.is_floating_point():
         return f"dtype {parameter.dtype} is not floating point (quantised or complex weights cannot be pruned)"
+    if parameter.ndim == 0:
+        return "a scalar; there is nothing inside it to prune"
+    if parameter.numel() == 0:
+        return "an empty tensor"
     if parameter.ndim < 2:
         return "a vector (bias or normalisation scale); vectors are never pruned unless included by name"
     if layout is None:
@@ -251,7 +266,7 @@ def prunable(
         elif key in parametrised:
             reason = f"parametrised by {parametrised[key]}, under which a zero need not stay zero; fold it first"
         elif reason is not None and _matches(name, aliases, include) and tensor.is_floating_point():
-            reason = None
+            reason = None if tensor.ndim and tensor.numel() else reason
         if reason is None and _matches(name, aliases, exclude):
             reason = "excluded by name"
         if reason is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.distributed import agree
-from prunus.errors import DamagedFile, InvalidValue
-from prunus.hold import Hold
+from prunus.errors import DamagedFile, InvalidValue, Unsupported
+from prunus.hold import Hold, bare_optimizer
 from prunus.masks import Masks
 from prunus.methods.base import Method
 from prunus.parameters import check_finite, parameters_of, prunable
@@ -47,12 +47,19 @@ class Sparsifier(Hold):
     ):
         if method is None and masks is None:
             raise InvalidValue("give a method, or masks to hold.")
+        acts = method is not None and (type(method).before, type(method).after) != (Method.before, Method.after)
+        if acts and isinstance(bare_optimizer(optimizer), torch.optim.LBFGS):
+            raise Unsupported(
+                f"LBFGS remembers past gradients of all weights at once, so masks must not move under it as "
+                f"{type(method).__name__} moves them; use a first-order optimizer, or hold fixed masks."
+            )
         self.method = method
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
         self.seed = seed
         self.step = 0
         self.memory: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
         self.addresses = prunable(model, include=include, exclude=exclude)
         if masks is not None:
             masks.parameters(model)
@@ -81,10 +88,13 @@ class Sparsifier(Hold):
         return steps_of(duration, total_steps=self.steps, steps_per_epoch=self.steps_per_epoch)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the last gradient of every prunable tensor (zeros where there is none), float32 or wider."""
+        """Return the last gradient of every prunable tensor (zeros where there is none), float32 or wider.
+
+        Gradients of pruned weights are there when the method asked for dense ones for this step.
+        """
         found = {}
         for name, parameter in self.parameters.items():
-            gradient = parameter.grad
+            gradient = self._dense.get(name, parameter.grad)
             found[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach()
         return {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in found.items()}
 
@@ -109,7 +119,9 @@ class Sparsifier(Hold):
         info = SCORES.entry(name)
         available: dict[str, Any] = {"weight": self.weights, "gradient": self.gradients, "noise": self.noise}
         if "movement" in info.needs:
-            available["movement"] = lambda: {n: self.memory[f"movement/{n}"] for n in self.parameters}
+            kept = {n: self.memory.get(f"movement/{n}") for n in self.parameters}
+            if all(v is not None for v in kept.values()):
+                available["movement"] = lambda: kept
         missing = [need for need in info.needs if need not in available]
         if missing:
             raise InvalidValue(
@@ -132,7 +144,13 @@ class Sparsifier(Hold):
     # -- hooks ----------------------------------------------------------------------------------------------
 
     def _before_step(self) -> None:
+        self._dense = {}
         if self.method is None or not self.method.wants_dense_gradients(self):
+            self._mask_gradients()
+        elif not self.method.trains_dense(self):
+            # Kept aside, because what is left in .grad after the step need not be the gradient (Nesterov momentum
+            # adds to it in place) and because pruned entries must not reach optimizers that mix entries.
+            self._dense = {n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None}
             self._mask_gradients()
         if self.method is not None:
             self.method.before(self)
@@ -144,6 +162,7 @@ class Sparsifier(Hold):
             self.apply()
         if self.method is not None:
             self.method.after(self)
+        self._dense = {}
 
     # -- saving ---------------------------------------------------------------------------------------------
 
@@ -160,6 +179,7 @@ class Sparsifier(Hold):
             "values": {
                 "step": self.step,
                 "steps": self.steps,
+                "steps_per_epoch": self.steps_per_epoch,
                 "seed": self.seed,
                 "method": description,
                 "shapes": shapes,
@@ -169,13 +189,18 @@ class Sparsifier(Hold):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned.
 
+        Attach first (`sparsify` on the fresh model chooses and applies masks of its own), then load the states of
+        model, optimizer and sparsifier.
+
         Raises:
-            InvalidValue: the state belongs to another method or to a training of another length.
+            InvalidValue: the state belongs to another method, seed, or training of another length.
+            MaskMismatch: it belongs to another model.
             DamagedFile: tensors are missing.
         """
         values, tensors = state["values"], state["tensors"]
         description = self.method.describe() if self.method is not None else None
-        for name, mine in (("method", description), ("steps", self.steps), ("seed", self.seed)):
+        own = {"method": description, "steps": self.steps, "steps_per_epoch": self.steps_per_epoch, "seed": self.seed}
+        for name, mine in own.items():
             if values[name] != mine:
                 raise InvalidValue(
                     f"the saved state has {name} {values[name]!r}, this run {mine!r}; resume with the same."
@@ -185,6 +210,8 @@ class Sparsifier(Hold):
         except KeyError as error:
             raise DamagedFile(f"the saved state lacks {error}; use an older checkpoint.") from error
         masks, explored = (Masks.unpacked(packed[k], values["shapes"]) for k in ("masks", "explored"))
+        masks.check_same(self.masks)
+        explored.check_same(self.masks)
         self.step = int(values["step"])
         device = next(iter(self.parameters.values())).device
         self.memory = {
@@ -236,7 +263,7 @@ def sparsify(
         The handle: `.masks`, `.step`, `.explored`, `.state_dict()`, `.load_state_dict()`, `.detach()`.
 
     Raises:
-        NothingPrunable, NonFinite, InvalidValue, UnknownName, MaskMismatch, ScheduleTooShort.
+        NothingPrunable, NonFinite, InvalidValue, UnknownName, MaskMismatch, ScheduleTooShort, Unsupported.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InvalidValue(f"steps {steps!r} must be the whole number of optimizer steps of the training, at least 1.")

@@ -7,7 +7,6 @@ weights, buffers, modes, `requires_grad` and `.grad` are untouched.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from prunus.errors import InvalidValue, Unsupported
-from prunus.parameters import Address, check_finite, parameters_of, unwrap
-from prunus.randomness import generator
+from prunus.parameters import Address, check_finite, copied, parameters_of, unwrap
+from prunus.randomness import generator, key
 
 Loss = Callable[[Any, Any], Tensor]
 Evidence = dict[str, dict[str, Tensor]]  # parameter name -> evidence name -> tensor of the parameter's shape
@@ -50,21 +50,26 @@ def read_batch(batch: Any, device: torch.device) -> Batch:
     """Read (x, y), (x, y, ids), x alone, or a dict of model keywords (with "labels") as a `Batch`.
 
     Raises:
-        InvalidValue: none of these.
+        InvalidValue: none of these, or a batch without examples.
     """
     if isinstance(batch, Batch):
         return batch
     if isinstance(batch, Tensor):
-        return Batch((batch.to(device),), {}, None)
-    if isinstance(batch, Mapping):
+        read = Batch((batch.to(device),), {}, None)
+    elif isinstance(batch, Mapping) and batch:
         moved = {k: _to(v, device) for k, v in batch.items()}
-        return Batch((), moved, moved.get("labels"))
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and 1 <= len(batch) <= 3:
+        read = Batch((), moved, moved.get("labels"))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and 1 <= len(batch) <= 3:
         target = batch[1] if len(batch) > 1 else None
-        return Batch((_to(batch[0], device),), {}, _to(target, device))
-    raise InvalidValue(
-        f"a batch must be x, (x, y), (x, y, ids) or a dict of model keywords, not {type(batch).__name__}."
-    )
+        read = Batch((_to(batch[0], device),), {}, _to(target, device))
+    else:
+        raise InvalidValue(
+            f"a batch must be x, (x, y), (x, y, ids) or a dict of model keywords, not {type(batch).__name__}."
+        )
+    first = next(iter((*read.args, *read.kwargs.values())))
+    if isinstance(first, Tensor) and first.ndim and first.shape[0] == 0:
+        raise InvalidValue(f"a batch has no examples (shape {tuple(first.shape)}); leave empty batches out.")
+    return read
 
 
 def default_loss(output: Any, target: Any) -> Tensor:
@@ -237,7 +242,7 @@ def _flow_gradient(source: Source) -> dict[str, Tensor]:
     shape = source.batches[0].args[0]
     if not shape.is_floating_point():
         raise Unsupported("synaptic flow needs floating-point inputs; token ids have no all-ones input.")
-    positive = copy.deepcopy(unwrap(source.model)).double().eval()
+    positive = copied(source.model).double().eval()
     with torch.no_grad():
         for parameter in positive.parameters():
             parameter.abs_()
@@ -256,12 +261,14 @@ def _flow_gradient(source: Source) -> dict[str, Tensor]:
 def _input_norm(source: Source) -> dict[str, Tensor]:
     """Root mean square of every input feature over examples and positions, spread to the weight's shape."""
     batches = source.need_batches("an input norm")
-    owners: dict[str, nn.Module] = {}
+    owners: dict[str, list[nn.Module]] = {n: [] for n in source.addresses}
     ids = {id(p): n for n, p in source.parameters.items()}
-    for module in unwrap(source.model).modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in ids:
-                owners[ids[id(parameter)]] = module
+    for module in source.model.modules():
+        chains = getattr(module, "parametrizations", {}).values()  # spectral norm keeps the weight one level down
+        own = [p for holder in (module, *chains) for p in holder.parameters(recurse=False)]
+        for parameter in own:
+            if id(parameter) in ids and not isinstance(module, ParametrizationList):
+                owners[ids[id(parameter)]].append(module)
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     attention: dict[str, Tensor | None] = {"mask": None}
@@ -282,14 +289,20 @@ def _input_norm(source: Source) -> dict[str, Tensor]:
 
         return hook
 
-    handles = []
     for name, address in source.addresses.items():
         if address.kind not in ("linear", "conv", "conv-transpose"):
             raise Unsupported(
                 f"input norms are defined for linear and convolution layers; exclude {name!r} ({address.kind}) or use "
                 "another score."
             )
-        handles.append(owners[name].register_forward_pre_hook(watch(name, address)))
+        if any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in owners[name]):
+            raise Unsupported(f"{name!r} is tied to an embedding, whose inputs are token ids; exclude it.")
+    # A tensor that several layers share sees the inputs of all of them.
+    handles = [
+        owner.register_forward_pre_hook(watch(name, address))
+        for name, address in source.addresses.items()
+        for owner in owners[name]
+    ]
     try:
         with preserved(source.model), torch.no_grad():
             for batch in batches:
@@ -304,6 +317,18 @@ def _input_norm(source: Source) -> dict[str, Tensor]:
             f"the layer of {unseen[0]!r} was never run on the data; exclude it or use data that reaches it."
         )
     return {n: a.broadcast_inputs((squares[n] / counts[n]).sqrt().float()) for n, a in source.addresses.items()}
+
+
+@contextlib.contextmanager
+def _keyed_dropout(seed: int, round: int, device: torch.device) -> Iterator[None]:
+    """Let dropout and the like draw from a state that depends on seed and round only, and put the old one back."""
+    chosen = key(seed, "scoring", round)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(chosen)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(chosen)
+        yield
 
 
 GATHERERS: dict[str, Callable[[Source], dict[str, Tensor]]] = {
@@ -352,12 +377,14 @@ def gather(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     read = [read_batch(b, device) for b in itertools.islice(data, batches)] if data is not None else []
-    source = Source(model, addresses, read, loss or default_loss, seed, round, train)
+    # Wrappers are left out: compiled graphs refuse second derivatives, DistributedDataParallel refuses autograd.grad.
+    source = Source(unwrap(model), addresses, read, loss or default_loss, seed, round, train)
     evidence: Evidence = {n: {} for n in addresses}
     for need in dict.fromkeys(needs):
         if need not in GATHERERS:
             raise InvalidValue(f"evidence {need!r} is not known; known: {', '.join(GATHERERS)}.")
-        gathered = GATHERERS[need](source)
+        with _keyed_dropout(seed, round, device):
+            gathered = GATHERERS[need](source)
         check_finite(gathered, need)
         for name, tensor in gathered.items():
             widest = torch.promote_types(tensor.dtype, torch.float32)

@@ -6,6 +6,7 @@ Pure functions from tensor shapes to densities, and one that turns densities int
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 from prunus.errors import Infeasible, InvalidValue
@@ -105,18 +106,18 @@ def uniform_plus(shapes: Sequence[Shape], density: float, last: float = 0.2) -> 
     sizes = [_numel(s) for s in shapes]
     if len(shapes) == 1:
         return [density]
-    fixed = {0: 1.0}
-    if density < last:
-        fixed[len(shapes) - 1] = last
-    spent = sum(sizes[i] * d for i, d in fixed.items())
-    rest = sum(n for i, n in enumerate(sizes) if i not in fixed)
-    left = density * sum(sizes) - spent
-    if left < 0 or (rest == 0 and left > 0):
+    total = density * sum(sizes)
+    share = (total - sizes[0]) / sum(sizes[1:])
+    if share >= last:
+        return [1.0, *[share] * (len(shapes) - 1)]
+    # The dense first layer can push the common share below `last` even where the density is above it.
+    left = total - sizes[0] - last * sizes[-1]
+    if left < 0:
         raise Infeasible(
-            f"uniform-plus at density {density:g} needs {spent:.0f} of {density * sum(sizes):.0f} entries for the "
-            "first and last layer alone; use 'uniform' or 'erk'."
+            f"uniform-plus at density {density:g} needs {total - left:.0f} of {total:.0f} entries for the first and "
+            "last layer alone; use 'uniform' or 'erk'."
         )
-    return [fixed.get(i, min(1.0, left / rest) if rest else 0.0) for i in range(len(shapes))]
+    return [1.0, *[left / sum(sizes[1:-1])] * (len(shapes) - 2), last]
 
 
 def erdos_renyi(shapes: Sequence[Shape], density: float, *, kernel: bool = True, power: float = 1.0) -> list[float]:
@@ -175,7 +176,7 @@ def check_fraction(name: str, value: float, *, one_allowed: bool = True) -> floa
             except ValueError:
                 hint = ""
         raise InvalidValue(f"{name} must be a number between 0 and 1, not the text {value!r}.{hint}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidValue(f"{name} must be a number between 0 and 1, not {value!r}.")
     top = value <= 1.0 if one_allowed else value < 1.0
     if not (value >= 0.0 and top):

@@ -114,6 +114,9 @@ class UniformPlus(Budget):
 
     last: float = 0.2
 
+    def __post_init__(self) -> None:
+        allocate.check_fraction("last", self.last)
+
     def densities(self, problem: Problem) -> list[float]:
         """Return the densities of `allocate.uniform_plus`."""
         return allocate.uniform_plus([a.shape for a in problem.addresses.values()], problem.density, self.last)
@@ -127,6 +130,9 @@ class UniformFloor(Budget):
     """
 
     last: float = 0.2
+
+    def __post_init__(self) -> None:
+        allocate.check_fraction("last", self.last)
 
     def densities(self, problem: Problem) -> list[float]:
         """Return the density of each tensor."""
@@ -168,6 +174,9 @@ class ERKPlus(Budget):
 
     last: float = 1.0
 
+    def __post_init__(self) -> None:
+        allocate.check_fraction("last", self.last)
+
     def densities(self, problem: Problem) -> list[float]:
         """Return the densities of `allocate.erdos_renyi_plus`."""
         return allocate.erdos_renyi_plus([a.shape for a in problem.addresses.values()], problem.density, self.last)
@@ -178,6 +187,9 @@ class SmartRatio(Budget):
     """Densities that fall towards the output, last tensor at `last` (Su et al., NeurIPS 2020)."""
 
     last: float = 0.3
+
+    def __post_init__(self) -> None:
+        allocate.check_fraction("last", self.last)
 
     def densities(self, problem: Problem) -> list[float]:
         """Return the densities of `allocate.smart_ratio`."""
@@ -199,6 +211,11 @@ class Global(Budget):
 
     minimum: int = 0
     minimum_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 0:
+            raise InvalidValue(f"minimum {self.minimum!r} must be a whole number of entries per tensor, from 0 up.")
+        allocate.check_fraction("minimum_share", self.minimum_share)
 
     def _normalised(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(scores)
@@ -278,7 +295,9 @@ class RowWise(Budget):
     """
 
     def choose(self, problem: Problem) -> dict[str, Tensor]:
-        """Return masks with equal counts in all rows of a tensor."""
+        """Return masks with equal counts in all rows of a tensor (N:M groups already lie inside rows)."""
+        if isinstance(problem.unit, NM):
+            return super().choose(problem)
         if not isinstance(problem.unit, Weight):
             raise InvalidValue(f"row-wise competition is between single weights, not units of {problem.unit}.")
         sparsity = 1.0 - problem.density
@@ -302,11 +321,26 @@ class Family(Budget):
         sparsities: shell pattern of parameter names -> sparsity; the first pattern that fits decides; tensors that
             none fits stay dense. Empty: families are the last words of module paths ("q_proj", "fc1",
             "input-hidden"...), all at the common density.
-        within: the budget inside a family.
+        within: the budget inside a family (or its name).
     """
 
     sparsities: Mapping[str, float] = field(default_factory=dict)
     within: Budget = field(default_factory=Global)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "within", budget(self.within))
+        for pattern, sparsity in self.sparsities.items():
+            allocate.check_fraction(f"sparsity of {pattern!r}", sparsity)
+
+    @property
+    def needs_scores(self) -> tuple[str, ...]:
+        """What the budget inside a family needs."""
+        return self.within.needs_scores
+
+    @property
+    def needs_distortion(self) -> bool:
+        """What the budget inside a family needs."""
+        return self.within.needs_distortion
 
     def _groups(self, problem: Problem) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
@@ -325,20 +359,31 @@ class Family(Budget):
     def choose(self, problem: Problem) -> dict[str, Tensor]:
         """Return the masks of all families."""
         masks: dict[str, Tensor] = {}
-        for family, names in self._groups(problem).items():
-            size = sum(problem.addresses[n].size for n in names)
-            if self.sparsities:
-                keep = keep_count(size, self.sparsities[family]) if family else size
-            else:
-                keep = keep_count(size, 1.0 - problem.density)
+        groups = self._groups(problem)
+        for names, keep in zip(groups.values(), self._shares(problem, groups), strict=True):
             part = replace(
                 problem,
                 addresses={n: problem.addresses[n] for n in names},
                 scores={n: problem.scores[n] for n in names},
                 keep=keep,
+                ratio_scores={s: {n: scores[n] for n in names} for s, scores in problem.ratio_scores.items()},
             )
             masks |= self.within.choose(part)
         return {n: masks[n] for n in problem.addresses}
+
+    def _shares(self, problem: Problem, groups: Mapping[str, list[str]]) -> list[int]:
+        """Return how many elements each family keeps."""
+        sizes = [sum(problem.addresses[n].size for n in names) for names in groups.values()]
+        left = dict(zip(problem.addresses, problem.alive, strict=True))
+        alive = [sum(left[n] for n in names) for names in groups.values()]
+        if not self.sparsities:
+            return allocate.fit_counts([problem.density * n for n in sizes], alive, problem.keep)
+        wanted = [keep_count(n, self.sparsities[family]) if family else n for family, n in zip(groups, sizes)]
+        return [min(k, most) for k, most in zip(wanted, alive, strict=True)]
+
+    def counts(self, problem: Problem) -> dict[str, int]:
+        """Return how many elements of each tensor stay."""
+        return {n: int(torch.count_nonzero(m)) for n, m in self.choose(problem).items()}
 
 
 def budget(spec: Budget | str | Mapping[str, Any]) -> Budget:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunus.errors import Infeasible
+from prunus.errors import Infeasible, InvalidValue, NonFinite
 
 _SAMPLE = 1 << 16
 
@@ -21,6 +21,21 @@ def round_half_up(x: float) -> int:
 def keep_count(total: int, sparsity: float) -> int:
     """Return how many of `total` entries stay at `sparsity`: total - round(sparsity * total)."""
     return total - round_half_up(sparsity * total)
+
+
+def some_kept(total: int, sparsity: float) -> int:
+    """Return `keep_count`, which must not be zero: a net without any weight is never what was meant.
+
+    Raises:
+        InvalidValue: `sparsity` rounds to nothing kept.
+    """
+    keep = keep_count(total, sparsity)
+    if keep == 0:
+        raise InvalidValue(
+            f"sparsity {sparsity:g} keeps none of {total} prunable weights; "
+            f"{1 - 1 / max(total, 1):g} keeps the last one."
+        )
+    return keep
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -69,6 +84,8 @@ def threshold(tensors: Sequence[Tensor], k: int) -> tuple[float, int]:
                 if above + middle.numel() >= k:
                     v = float(middle.kthvalue(middle.numel() - (k - above) + 1).values)
                     return v, k - above - int(torch.count_nonzero(middle > v))
+        if low >= m and high < 0:
+            raise NonFinite(f"scores hold NaN, so the {k} best of {n} are not defined; look for a diverged loss.")
         margin *= 4.0
 
 
@@ -79,12 +96,13 @@ def keep_top(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
 
     Raises:
         Infeasible: k is larger than the number of entries.
+        NonFinite: so many scores are NaN that no k are left.
     """
     v, ties = threshold(list(scores.values()), k)
     keep: dict[str, Tensor] = {}
     widest = torch.float64 if any(t.dtype == torch.float64 for t in scores.values()) else torch.float32
     for name, score in scores.items():
-        score = score.detach().to(widest)
+        score = score.detach().to(widest).contiguous()  # channels-last scores: positions count in logical order
         mask = score > v
         if ties:
             equal = (score == v).reshape(-1).nonzero().reshape(-1)[:ties]

@@ -83,7 +83,8 @@ def carve(every: Examples, test: float | int, seed: int, standardise: bool) -> t
 
 def _unpack(path: Path) -> Mapping[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as packed:
+        # Opened here, because numpy leaves the file open when it is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as packed:
             # A bare .npy file loads as an array, which has no names.
             arrays = {name: packed[name] for name in packed.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:

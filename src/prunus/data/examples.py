@@ -326,7 +326,7 @@ def _numbers(values: Any, what: str, name: str) -> Tensor:
 
 def _one_input(x: Any) -> Tensor:
     if hasattr(x, "getbands"):
-        pixels = np.asarray(x, dtype=np.uint8)
+        pixels = np.array(x, dtype=np.uint8)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(pixels))
     return torch.as_tensor(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,13 +129,10 @@ def _column(columns: list[str], chosen: str | None, usual: tuple[str, ...], what
 def _network(datasets: Any, online: bool) -> Iterator[None]:
     """Keep the libraries off the network for as long as the block runs, unless `online`."""
     places = [datasets.config]
-    try:
+    if importlib.util.find_spec("huggingface_hub") is not None:
         from huggingface_hub import constants
 
         places.append(constants)
-    except ImportError:
-        # Without the hub's own library there is nothing else that could reach for the network.
-        places = [datasets.config]
     before = [getattr(place, "HF_HUB_OFFLINE", False) for place in places]
     try:
         if not online:

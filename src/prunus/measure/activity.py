@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunus.errors import InvalidValue, NonFinite
-from prunus.measure.forwarding import call, device_of, evaluating, inputs_of, to_device
+from prunus.measure.forwarding import batch_size, call, device_of, evaluating, inputs_of, to_device
 
 # A unit behind one of these is off when its output is exactly zero.
 RECTIFIERS: frozenset[Callable[..., Any]] = frozenset(
     [F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6]
 )
+# These are rectifiers when their floor is zero; nn.ReLU6 is built on them.
+CLIPPED: frozenset[Callable[..., Any]] = frozenset([F.hardtanh, F.hardtanh_])
 # These have no flat side, or no exact zero: a unit counts as off when its pre-activation is negative.
 SMOOTH: frozenset[Callable[..., Any]] = frozenset(
     (
@@ -93,10 +95,12 @@ def activity(model: nn.Module, batches: Iterable[Any]) -> Activity:
             stack.callback(module.register_forward_hook(watch.leaving, always_call=True).remove)
         for batch in batches:
             x = to_device(inputs_of(batch), device)
+            if batch_size(x) == 0:
+                continue
             watch.begin()
             with watch:
                 call(model, x)
-            n += watch.batch
+            n += batch_size(x)
     if n == 0:
         raise InvalidValue("no examples to measure activity on: the batches were empty.")
     if not watch.tallies:
@@ -110,6 +114,11 @@ def activity(model: nn.Module, batches: Iterable[Any]) -> Activity:
 def dead_neuron_rate(model: nn.Module, batches: Iterable[Any]) -> float:
     """Return `activity(model, batches).dead_rate`: between 0 (all units on, always) and 1 (all off)."""
     return activity(model, batches).dead_rate
+
+
+def _floor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return the lower limit in a call of hardtanh(input, min_val=-1.0, max_val=1.0)."""
+    return float(args[1] if len(args) > 1 else kwargs.get("min_val", -1.0))
 
 
 class _Tally:
@@ -151,13 +160,11 @@ class _Watch(TorchFunctionMode):
         self.tallies: dict[str, _Tally] = {}
         self.path: list[str] = []
         self.calls: dict[str, int] = {}
-        self.batch = 0
 
     def begin(self) -> None:
         """Start counting the calls of a new forward pass."""
         self.calls = {}
         self.path = []
-        self.batch = 0
 
     def entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -172,7 +179,7 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in RECTIFIERS:
+        if func in RECTIFIERS or (func in CLIPPED and _floor(args, kwargs) == 0.0):
             output = func(*args, **kwargs)
             self._see(output, output == 0, "zero output")
             return output
@@ -192,7 +199,6 @@ class _Watch(TorchFunctionMode):
             return
         if bool(torch.isnan(values).any()):
             raise NonFinite(f"the activations of {name!r} contain NaN; the weights or the inputs are broken.")
-        self.batch = self.batch or len(off)
         self.tallies.setdefault(name, _Tally(kind)).add(off)
 
     def result(self, n: int) -> Activity:

@@ -71,16 +71,27 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def batch_size(inputs: Any) -> int:
+    """Return the leading size of the first tensor in `inputs` (a tensor, or tensors in tuples, lists and mappings).
+
+    Raises:
+        InvalidValue: there is no tensor, or the first one is a single number.
+    """
+    first = next(tensors_of(inputs), None)
+    if first is None or first.ndim == 0:
+        raise InvalidValue("the inputs must hold a tensor with a batch axis in front.")
+    return len(first)
+
+
 def first_example(example: Any) -> Any:
     """Return `example` cut to batch size 1: every tensor in it that has the leading size of the first one.
 
     Raises:
         InvalidValue: there is no tensor with a non-empty batch axis.
     """
-    tensors = list(tensors_of(example))
-    if not tensors or tensors[0].ndim == 0 or tensors[0].shape[0] == 0:
-        raise InvalidValue("the example must hold a tensor with a batch axis in front and at least one row.")
-    size = tensors[0].shape[0]
+    size = batch_size(example)
+    if size == 0:
+        raise InvalidValue("the example must have at least one row; it is empty.")
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):

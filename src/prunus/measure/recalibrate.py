@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunus.errors import InvalidValue, NonFinite
-from prunus.measure.forwarding import call, device_of, evaluating, first_example, inputs_of, to_device
+from prunus.measure.forwarding import batch_size, call, device_of, evaluating, inputs_of, to_device
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
@@ -56,7 +56,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
                 layer.training = True
             for batch in batches:
                 x = to_device(inputs_of(batch), device)
-                size = _size(x)
+                size = batch_size(x)
                 if size < 2:
                     continue
                 call(model, x)
@@ -76,15 +76,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         for hook in hooks:
             hook.remove()
     return used
-
-
-def _size(inputs: Any) -> int:
-    """Return the batch size of model inputs (the leading size of their first tensor)."""
-    if isinstance(inputs, Tensor):
-        return len(inputs)
-    first_example(inputs)
-    values = inputs.values() if isinstance(inputs, dict) else inputs
-    return next(len(v) for v in values if isinstance(v, Tensor))
 
 
 class _Pool:

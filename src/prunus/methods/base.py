@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prunus.budget.allocate import check_fraction
 from prunus.budget.budgets import Problem, budget, decide
-from prunus.budget.select import keep_count
-from prunus.errors import InvalidValue
+from prunus.budget.select import some_kept
+from prunus.errors import Infeasible, InvalidValue
 from prunus.masks import Masks
 from prunus.units import NM, unit
 
@@ -91,7 +91,9 @@ def select(
         scores = {n: v.masked_fill(~among[n].to(v.device), -torch.inf) for n, v in scores.items()}
     what = unit(unit_choice)
     total = sum(a.size for a in s.addresses.values())
-    keep = total if sparsity == 0 else keep_count(total, sparsity)
+    keep = some_kept(total, sparsity)
+    if among is not None:
+        keep = min(keep, among.kept)  # whole rows and blocks may have left less than was asked for
     if isinstance(what, NM) and sparsity == 0:
         return Masks({n: torch.ones_like(v, dtype=torch.bool) for n, v in scores.items()})
     chosen = budget(budget_choice)
@@ -101,6 +103,41 @@ def select(
             "prunus.prune(..., data=...) and pass its masks to sparsify."
         )
     return decide(Problem(addresses=s.addresses, scores=scores, keep=keep, unit=what), chosen)
+
+
+def check_pattern(unit_choice: str, sparsity: float) -> None:
+    """Raise `InvalidValue` when an N:M pattern contradicts the sparsity asked for."""
+    what = unit(unit_choice)
+    if isinstance(what, NM) and abs(sparsity - (1 - what.density)) > 1e-6:
+        raise InvalidValue(
+            f"pattern {what} has sparsity {1 - what.density:g}, not {sparsity:g}; give sparsity={1 - what.density:g}."
+        )
+
+
+def given_masks(s: Sparsifier, sparsity: float) -> Masks | None:
+    """Return the masks handed to `sparsify`, if any, checked to leave enough for `sparsity`.
+
+    Raises:
+        Infeasible: they keep fewer weights than `sparsity` would.
+    """
+    if s.given is None:
+        return None
+    keep = some_kept(s.given.total, sparsity)
+    if s.given.kept < keep:
+        raise Infeasible(
+            f"the given masks keep {s.given.kept} of {s.given.total} weights, fewer than the {keep} of sparsity "
+            f"{sparsity:g}; ask for more sparsity, or leave masks out."
+        )
+    return s.given
+
+
+def check_no_holes(s: Sparsifier) -> None:
+    """Raise `InvalidValue` when masks that prune were handed to a method that chooses among all weights."""
+    if s.given is not None and s.given.kept < s.given.total:
+        raise InvalidValue(
+            f"{type(s.method).__name__} chooses among all weights, so it cannot start from masks of sparsity "
+            f"{s.given.sparsity:g}; leave masks out, or hold them with method=None."
+        )
 
 
 def random_masks(s: Sparsifier, sparsity: float, budget_choice: BudgetChoice) -> Masks:

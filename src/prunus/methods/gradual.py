@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunus.errors import ScheduleTooShort
+from prunus.budget.allocate import check_fraction
+from prunus.errors import InvalidValue, ScheduleTooShort
 from prunus.masks import Masks
-from prunus.methods.base import BudgetChoice, Method, select
+from prunus.methods.base import BudgetChoice, Method, check_pattern, given_masks, select
 from prunus.schedule import Duration, ResolvedSchedule, Schedule
 from prunus.sparsifier import Sparsifier
 
@@ -49,6 +50,11 @@ class Gradual(Method):
     def check(self, steps: int, steps_per_epoch: int | None) -> None:
         """Check the sparsity, and that the ramp has room for its interval."""
         super().check(steps, steps_per_epoch)
+        check_pattern(self.unit, self.sparsity)
+        if check_fraction("initial", self.initial) > self.sparsity:
+            raise InvalidValue(
+                f"initial sparsity {self.initial:g} is above the final {self.sparsity:g}; pruned weights do not return."
+            )
         plan = self.schedule(steps, steps_per_epoch)
         if self.curve != "oneshot" and plan.end - plan.begin < plan.every:
             raise ScheduleTooShort(
@@ -59,7 +65,8 @@ class Gradual(Method):
     def start(self, s: Sparsifier) -> Masks:
         """Return everything kept, or the first cut when the schedule begins at step 0."""
         plan = self.schedule(s.steps, s.steps_per_epoch)
-        first = select(s, 0.0) if s.given is None else s.given
+        first = given_masks(s, self.sparsity) or select(s, 0.0)
+        self._at(s, self.sparsity, first)  # refuses impossible choices now instead of at the first event
         sparsity = plan.value(0)
         return self._at(s, sparsity, first) if sparsity > first.sparsity else first
 

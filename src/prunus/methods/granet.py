@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prunus.budget.allocate import check_fraction
+from prunus.errors import InvalidValue
 from prunus.masks import Masks
-from prunus.methods.base import BudgetChoice, random_masks, select
+from prunus.methods.base import BudgetChoice, given_masks, random_masks, select
 from prunus.methods.regrow import Regrow, rewire
 from prunus.schedule import Duration, ResolvedSchedule, Schedule
 from prunus.sparsifier import Sparsifier
@@ -44,7 +45,10 @@ class GraNet(Regrow):
     def check(self, steps: int, steps_per_epoch: int | None) -> None:
         """Check both schedules."""
         super().check(steps, steps_per_epoch)
-        check_fraction("initial", self.initial, one_allowed=False)
+        if check_fraction("initial", self.initial, one_allowed=False) > self.sparsity:
+            raise InvalidValue(
+                f"initial sparsity {self.initial:g} is above the final {self.sparsity:g}; the total only falls."
+            )
         self.ramp(steps, steps_per_epoch)
 
     def ramp(self, steps: int, steps_per_epoch: int | None) -> ResolvedSchedule:
@@ -55,17 +59,15 @@ class GraNet(Regrow):
 
     def start(self, s: Sparsifier) -> Masks:
         """Return random ERK masks at `initial`, or everything."""
-        if s.given is not None:
-            return s.given
+        select(s, self.sparsity, budget_choice=self.ramp_budget)  # refuses impossible choices now, not in the ramp
+        given = given_masks(s, self.sparsity)
+        if given is not None:
+            return given
         return random_masks(s, self.initial, self.budget) if self.initial > 0 else select(s, 0.0)
 
     def update_due(self, s: Sparsifier, step: int) -> bool:
         """Tell whether an update falls on `step`: every interval, and at the exact end of the ramp."""
         return step > 0 and (self.exchange_due(s, step) or step == self.ramp(s.steps, s.steps_per_epoch).end)
-
-    def wants_dense_gradients(self, s: Sparsifier) -> bool:
-        """Growth reads gradients of pruned weights."""
-        return self.growth != "random" and self.update_due(s, s.step + 1)
 
     def after(self, s: Sparsifier) -> None:
         """Prune along the ramp, then regenerate at the new densities."""

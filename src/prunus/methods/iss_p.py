@@ -13,10 +13,11 @@ from torch import Tensor
 
 from prunus.budget.allocate import check_fraction
 from prunus.budget.select import keep_best
+from prunus.errors import ScheduleTooShort
 from prunus.masks import Masks
-from prunus.methods.base import Method
+from prunus.methods.base import Method, check_no_holes
 from prunus.parameters import Address
-from prunus.schedule import Duration
+from prunus.schedule import Duration, steps_of
 from prunus.sparsifier import Sparsifier
 from prunus.units import NM, unit
 
@@ -59,6 +60,12 @@ class ISSP(Method):
         """Check sparsity and factor."""
         super().check(steps, steps_per_epoch)
         check_fraction("factor", self.factor)
+        end = steps_of(self.search_end, total_steps=steps, steps_per_epoch=steps_per_epoch)
+        if not 1 <= end <= steps:
+            raise ScheduleTooShort(
+                f"the search ends at step {end} ({self.search_end!r}), which a training of {steps} steps never reaches "
+                "after a step; train longer, or set search_end between 1 step and '1dur'."
+            )
 
     def _important(self, s: Sparsifier) -> dict[str, Tensor]:
         what = unit(self.unit)
@@ -67,6 +74,7 @@ class ISSP(Method):
 
     def start(self, s: Sparsifier) -> Masks:
         """Return everything kept: the search phase is dense."""
+        check_no_holes(s)
         return Masks({n: torch.ones_like(p, dtype=torch.bool) for n, p in s.parameters.items()})
 
     def after(self, s: Sparsifier) -> None:

@@ -16,7 +16,8 @@ from prunus.methods.base import BudgetChoice, Method, random_masks
 from prunus.schedule import CURVES, Duration, interval_of, progress, steps_of
 from prunus.sparsifier import Sparsifier
 
-GROWTH = {"gradient": "gradient", "random": "random", "momentum": "momentum"}
+GROWTH = ("gradient", "random", "momentum")
+GROWTH_MOMENTUM = 0.9
 
 
 def rewire(mask: Tensor, drop_score: Tensor, grow_score: Tensor, count: int) -> Tensor:
@@ -48,7 +49,8 @@ class Regrow(Method):
         fraction_end: the same at `end`.
         anneal: curve between the two: "cosine", "linear", "constant".
         every, end: interval and last moment of exchanges.
-        growth: "gradient" (largest |dense gradient|), "random", or "momentum" (largest |optimizer momentum|).
+        growth: "gradient" (largest |dense gradient|), "random", or "momentum" (largest |running sum of dense
+            gradients|, factor 0.9: sparse momentum of Dettmers & Zettlemoyer, 2019; costs one tensor per weight).
     """
 
     budget: BudgetChoice = "erk"
@@ -69,7 +71,12 @@ class Regrow(Method):
         if self.anneal not in CURVES:
             raise InvalidValue(f"anneal {self.anneal!r} is not known; choose from {', '.join(CURVES)}.")
         every, end = self.window(steps, steps_per_epoch)
-        if self.fraction > 0 and every > end:
+        if end > steps:
+            raise ScheduleTooShort(
+                f"{type(self).__name__} exchanges weights until step {end} ({self.end!r}) but the training has {steps} "
+                "steps; train longer, or set an earlier `end`."
+            )
+        if self.fraction > 0 and (every > end or every >= steps):
             raise ScheduleTooShort(
                 f"{type(self).__name__} exchanges weights every {every} steps ({self.every!r}) until step {end} "
                 f"({self.end!r}) of {steps}, so it never would; train longer, or set a shorter `every`."
@@ -94,9 +101,20 @@ class Regrow(Method):
         _, end = self.window(s.steps, s.steps_per_epoch)
         return CURVES[self.anneal](self.fraction, self.fraction_end, progress(step, 0, end))
 
+    def update_due(self, s: Sparsifier, step: int) -> bool:
+        """Tell whether the masks change after `step` steps."""
+        return self.exchange_due(s, step)
+
     def wants_dense_gradients(self, s: Sparsifier) -> bool:
-        """Growth reads gradients of pruned weights, at steps with an exchange."""
-        return self.growth != "random" and self.exchange_due(s, s.step + 1)
+        """Growth reads gradients of pruned weights: at steps with an exchange, or always to average them."""
+        return self.growth == "momentum" or (self.growth == "gradient" and self.update_due(s, s.step + 1))
+
+    def before(self, s: Sparsifier) -> None:
+        """Average dense gradients for growth by momentum (the optimizer's own momentum is zero where pruned)."""
+        if self.growth == "momentum":
+            for name, gradient in s.gradients().items():
+                old = s.memory.get(f"momentum/{name}")
+                s.memory[f"momentum/{name}"] = gradient.clone() if old is None else GROWTH_MOMENTUM * old + gradient
 
     def after(self, s: Sparsifier) -> None:
         """Exchange weights when due."""
@@ -126,15 +144,4 @@ class Regrow(Method):
             return s.noise("growth")
         if self.growth == "gradient":
             return s.scores("gradient")
-        return {n: _momentum(s, p).abs() for n, p in s.parameters.items()}
-
-
-def _momentum(s: Sparsifier, parameter: Tensor) -> Tensor:
-    state = s.optimizer.state.get(parameter, {})
-    for name in ("momentum_buffer", "exp_avg"):
-        if isinstance(state.get(name), Tensor):
-            return state[name]
-    raise InvalidValue(
-        f"growth='momentum' needs an optimizer with momentum, not {type(s.optimizer).__name__} without it; "
-        "use growth='gradient'."
-    )
+        return {n: s.memory[f"momentum/{n}"].abs() for n in s.parameters}

@@ -5,14 +5,16 @@ Source: Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prunus.budget.allocate import check_fraction
 from prunus.errors import InvalidValue
 from prunus.masks import Masks
-from prunus.methods.base import Method
+from prunus.methods.base import Method, check_no_holes, check_pattern
 from prunus.schedule import Duration
 from prunus.sparsifier import Sparsifier
 from prunus.units import NM, unit
@@ -50,13 +52,11 @@ class SRSTE(Method):
 
     def check(self, steps: int, steps_per_epoch: int | None) -> None:
         """Check pattern, sparsity and decay."""
-        pattern = self._pattern()
-        if self.sparsity is not None and abs(self.sparsity - (1 - pattern.density)) > 1e-6:
-            raise InvalidValue(
-                f"pattern {self.unit} has sparsity {1 - pattern.density:g}, not {self.sparsity:g}; leave sparsity out."
-            )
-        if self.decay < 0:
-            raise InvalidValue(f"decay {self.decay} is negative; the paper uses 2e-4.")
+        self._pattern()
+        if self.sparsity is not None:
+            check_pattern(self.unit, check_fraction("sparsity", self.sparsity))
+        if not 0 <= self.decay < math.inf:
+            raise InvalidValue(f"decay {self.decay} must be a number from 0 up; the paper uses 2e-4.")
 
     def _masks(self, s: Sparsifier, weights: dict[str, Tensor]) -> Masks:
         pattern = self._pattern()
@@ -64,6 +64,7 @@ class SRSTE(Method):
 
     def start(self, s: Sparsifier) -> Masks:
         """Store the dense weights and return the pattern of their magnitudes."""
+        check_no_holes(s)
         s.memory |= {f"dense/{n}": p.detach().clone() for n, p in s.parameters.items()}
         return self._masks(s, s.weights())
 

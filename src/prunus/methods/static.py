@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prunus.masks import Masks
-from prunus.methods.base import BudgetChoice, Method, select
+from prunus.methods.base import BudgetChoice, Method, check_pattern, select
 from prunus.sparsifier import Sparsifier
 
 
@@ -28,6 +28,11 @@ class Static(Method):
     score: str = "random"
     budget: BudgetChoice = "erk"
     unit: str = "weight"
+
+    def check(self, steps: int, steps_per_epoch: int | None) -> None:
+        """Check the sparsity, and that a pattern agrees with it."""
+        super().check(steps, steps_per_epoch)
+        check_pattern(self.unit, self.sparsity)
 
     def start(self, s: Sparsifier) -> Masks:
         """Return the mask for the whole training (the given one, when masks were handed over)."""

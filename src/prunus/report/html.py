@@ -198,7 +198,8 @@ def _plots(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
         figures.append(
             _figure(
                 layer_plot(rows, level),
-                f"Where the weights went: share kept per layer at {percent(level)} sparsity, mean over seeds.",
+                f"Where the weights went: share kept per layer at {percent(level)} sparsity, mean over seeds. On a "
+                "logarithmic axis, a marker on the left edge is a layer with nothing left.",
             )
         )
     shown = [figure for figure in figures if figure]

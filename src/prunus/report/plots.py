@@ -164,7 +164,8 @@ def _spaced(densities: Sequence[float], gap: float) -> list[float]:
 def layer_plot(rows: Sequence[Row], sparsity: float) -> str | None:
     """Return the density of every layer at one sparsity as SVG, one marker per method; None without layers.
 
-    Means over seeds; the horizontal axis is logarithmic when densities differ by more than a factor of eight.
+    Means over seeds; the horizontal axis is logarithmic when densities differ by more than a factor of eight, and a
+    marker on its left edge is a layer with nothing left.
     """
     here = [row for row in rows if row.sparsity == sparsity and row.layers]
     if not here:
@@ -173,17 +174,20 @@ def layer_plot(rows: Sequence[Row], sparsity: float) -> str | None:
     names = list(dict.fromkeys(layer.name for row in here for layer in row.layers))
     values = [100.0 * layer.density for row in here for layer in row.layers if layer.density > 0.0]
     with _figure("layers", 7.2, max(1.0 + 0.3 * len(names), 0.8 + 0.2 * len(here))) as (figure, axes):
-        if values and max(values) > 8.0 * min(values):
+        logarithmic = bool(values) and max(values) > 8.0 * min(values)
+        if logarithmic:
             _percent_log_axis(axes, min(values), max(values))
         else:
             axes.set_xlim(0.0, 1.08 * max(values, default=100.0))
+        # Zero has no place on a logarithmic axis; layers without any weight left stand on its left edge.
+        floor = axes.get_xlim()[0] if logarithmic else 0.0
         for index, row in enumerate(here):
             options = style.of(row.method)
             offset = 0.5 * (index - (len(here) - 1) / 2) / len(here)
             density = {layer.name: 100.0 * layer.density for layer in row.layers}
             found = [(density[name], position + offset) for position, name in enumerate(names) if name in density]
             axes.plot(
-                [x for x, _ in found],
+                [max(x, floor) for x, _ in found],
                 [y for _, y in found],
                 linestyle="none",
                 marker=options["marker"],
@@ -263,34 +267,27 @@ def curve_plot(results: Mapping[str, Any], sparsity: float) -> str | None:
         return _svg(figure, f"curves-{sparsity}", f"Learning curves at {percent(sparsity)} sparsity, by method")
 
 
-def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move numbers apart until neighbours are at least `gap` away, each group staying centred on where it wanted to be.
+def spread(wanted: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Move heights apart until neighbours are `gap` away, each cluster centred on where it wanted to be.
 
-    Order is kept (equal ones by index). Returns the new positions in the given order.
+    Order is kept (equal ones by index). Results stay between `low` and `high` as far as there is room; without enough
+    room they run over `high`. Returned in the given order.
     """
-    order = sorted(range(len(positions)), key=lambda i: (positions[i], i))
-    # Each block: (sum of wanted starts, members); blocks that would collide are merged (pool adjacent violators).
-    blocks: list[tuple[float, list[int]]] = []
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
+    # Clusters as (sum of the starts their members wish for, size); colliding ones merge (pool adjacent violators).
+    clusters: list[tuple[float, int]] = []
     for i in order:
-        block = (positions[i], [i])
-        while blocks and _start(blocks[-1], gap) + gap * len(blocks[-1][1]) > _start(block, gap):
-            total, members = blocks.pop()
-            shifted = block[0] - gap * len(members) * len(block[1])
-            block = (total + shifted, members + block[1])
-        blocks.append(block)
-    moved = [0.0] * len(positions)
-    for block in blocks:
-        for place, i in enumerate(block[1]):
-            moved[i] = _start(block, gap) + gap * place
-    return moved
-
-
-def _start(block: tuple[float, list[int]], gap: float) -> float:
-    """Return where the first member of a block goes when the block is centred on its members' wishes."""
-    total, members = block
-    if len(members) == 1:
-        return total
-    return total / len(members)
+        total, size = wanted[i], 1
+        while clusters and clusters[-1][0] / clusters[-1][1] + gap * clusters[-1][1] > total / size:
+            below, count = clusters.pop()
+            total, size = below + total - gap * count * size, count + size
+        clusters.append((total, size))
+    heights = [total / size + gap * place for total, size in clusters for place in range(size)]
+    last = len(heights) - 1
+    heights = [min(y, high - gap * (last - rank)) for rank, y in enumerate(heights)]
+    heights = [max(y, low + gap * rank) for rank, y in enumerate(heights)]
+    moved = dict(zip(order, heights))
+    return [moved[i] for i in range(len(wanted))]
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
@@ -299,7 +296,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
     # Constrained layout leaves about four fifths of the height to the axes.
     gap = 13.0 * (high - low) / (0.8 * figure.get_figheight() * 72.0)
     side = axes.get_yaxis_transform()
-    for (name, wanted, options), y in zip(ends, spread([y for _, y, _ in ends], gap)):
+    for (name, wanted, options), y in zip(ends, spread([y for _, y, _ in ends], gap, low, high)):
         color, marker = options["color"], options["marker"]
         reach = 1.05 if marker == "None" else 1.025
         axes.plot([1.0, reach], [wanted, y], color=color, linewidth=0.8, transform=side, clip_on=False)
@@ -309,9 +306,8 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[End]) -> None:
 
 
 def _shorten(name: str, limit: int = 34) -> str:
-    """Return a name that fits; the end of it tells layers apart, so the middle goes. "$" is not mathematics here."""
-    short = name if len(name) <= limit else f"{name[: limit // 3]}…{name[-(limit - limit // 3 - 1) :]}"
-    return short.replace("$", r"\$")
+    """Return a name that fits; the end of it tells layers apart, so the middle goes."""
+    return name if len(name) <= limit else f"{name[: limit // 3]}…{name[-(limit - limit // 3 - 1) :]}"
 
 
 @contextmanager

@@ -58,6 +58,23 @@ class Lock:
             self._stream = None
 
 
+def holder(path: Path) -> str | None:
+    """Return who holds the lock at `path` ("process 12 on host"), or None when nobody does. Takes nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    if not path.exists():
+        return None
+    with open(path, encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(stream)
+        fcntl.flock(stream, fcntl.LOCK_UN)
+    return None
+
+
 def _holder(stream: IO[str]) -> str:
     stream.seek(0)
     try:

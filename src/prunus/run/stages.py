@@ -7,6 +7,7 @@ description under the same name, it is refused. Without a store everything stays
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from prunus.schedule import Duration
 from prunus.train.callback import Callback
 from prunus.train.checkpoint import Checkpoints, difference
 from prunus.train.loop import Objective, fit, measured
-from prunus.train.tensors import digest, from_bytes, to_bytes
+from prunus.train.tensors import digest, from_bytes, settled, to_bytes
 from prunus.train.training import Training
 
 FORMAT = 1
@@ -99,6 +100,10 @@ class Run:
         on_progress: called as (stage, steps done, last step, loss or None) after each step.
         should_stop: asked after each step, see `prunus.train.loop.fit`.
         checkpoint_seconds, checkpoint_steps: how often a training saves its state inside a stage.
+        include, exclude: which tensors methods may prune, see `prunus.parameters.prunable`.
+
+    Attributes:
+        root: the run that `within` was called on: stages that several methods share (dense training) belong to it.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class Run:
         should_stop: Callable[[], bool] | None = None,
         checkpoint_seconds: float | None = 10.0,
         checkpoint_steps: int | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
     ):
         self.store = store
         self.splits = splits
@@ -122,11 +129,14 @@ class Run:
         self.training = Training() if training is None else training
         self.seed = seed
         self.name_prefix = name_prefix
+        self.root: Run = self
         self.device = torch.device(device)
         self.on_progress = on_progress
         self.should_stop = should_stop
         self.checkpoint_seconds = checkpoint_seconds
         self.checkpoint_steps = checkpoint_steps
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
         self._initial: State | None = None
         self._memory: dict[str, tuple[dict[str, Any], Any]] = {}
         self._hashes: dict[int, tuple[Examples, str]] = {}
@@ -144,6 +154,23 @@ class Run:
         if self._initial is None:
             self._initial = State.of(self.model.state_dict())
         return self._initial
+
+    def within(self, name: str) -> Run:
+        """Return this run for the stages of one method: their names start with "name/", all else is shared."""
+        inner = copy.copy(self)
+        inner.name_prefix = f"{self.name_prefix}{name}/"
+        inner.root = self.root
+        return inner
+
+    def steps_per_epoch(self, training: Training | None = None, data: Examples | None = None) -> int:
+        """Return how many optimizer steps an epoch of `train` takes with these choices and examples."""
+        choices = self.training if training is None else training
+        return Batches(self.splits.train if data is None else data, choices.batch_size).steps_per_epoch
+
+    def learning_rates(self, training: Training | None = None, data: Examples | None = None) -> list[float]:
+        """Return the learning rate of every step of `train` with these choices: the original of a retraining."""
+        choices = self.training if training is None else training
+        return choices.learning_rates(self.steps_per_epoch(choices, data))
 
     # -- stages ---------------------------------------------------------------------------------------------
 
@@ -212,11 +239,12 @@ class Run:
             "objective": self._describe(objective),
             "callbacks": [self._describe(c) for c in callbacks],
             "continue_optimizer": continue_optimizer,
+            "prunable": {"include": list(self.include), "exclude": list(self.exclude)},
         }
 
         def work(checkpoints: Checkpoints | None, on_metrics: Callable[[dict[str, Any]], None] | None) -> State:
             model = begin_from.model(self)
-            report = self.on_progress
+            report, full = self.on_progress, f"{self.name_prefix}{name}"
             fitted = fit(
                 model,
                 splits,
@@ -232,9 +260,11 @@ class Run:
                 objective=objective,
                 callbacks=callbacks,
                 checkpoint=checkpoints,
-                on_progress=None if report is None else lambda done, last, loss: report(name, done, last, loss),
+                on_progress=None if report is None else lambda done, last, loss: report(full, done, last, loss),
                 on_metrics=on_metrics,
                 should_stop=self.should_stop,
+                include=self.include,
+                exclude=self.exclude,
             )
             kept = fitted.optimizer if fitted.step < fitted.total else None
             return State.of(model.state_dict(), fitted.masks, fitted.step, fitted.metrics, kept)
@@ -362,7 +392,7 @@ def _pack_state(state: State) -> tuple[dict[str, bytes], dict[str, Any]]:
     files = {WEIGHTS: to_bytes(state.weights)}
     facts: dict[str, Any] = {"step": state.step, "metrics": state.metrics, "digest": state.digest}
     if state.masks is not None:
-        files[MASKS] = state.masks.to_bytes()
+        files[MASKS] = settled(state.masks.to_bytes())
     if state.optimizer is not None:
         files[OPTIMIZER] = to_bytes(state.optimizer[0])
         facts["optimizer"] = state.optimizer[1]
@@ -380,7 +410,7 @@ def _unpack_state(files: dict[str, bytes], facts: dict[str, Any]) -> State:
 
 def _pack_result(result: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
     if isinstance(result, Masks):
-        return {MASKS: result.to_bytes()}, {}
+        return {MASKS: settled(result.to_bytes())}, {}
     if isinstance(result, dict) and result and all(isinstance(v, Tensor) for v in result.values()):
         return {RESULT: to_bytes(result)}, {}
     return {}, {"json": json.loads(canonical_json(result))}

@@ -1,12 +1,12 @@
 """Run folders: what a run was asked, what it measured, and the finished stages that need not be done again.
 
-    recipe.json         the resolved recipe
-    environment.json    versions of Python and libraries, threads, machine
-    metrics.jsonl       one line per epoch of every stage, no clock times: equal runs give equal bytes
-    timing.jsonl        seconds per stage
-    stages/NAME/        files of a finished stage, and manifest.json, written last
-    stages/NAME/checkpoints/    of a stage that is not finished
-    lock                held by the one process that works here
+recipe.json         the resolved recipe
+environment.json    versions of Python and libraries, threads, machine
+metrics.jsonl       one line per epoch of every stage, no clock times: equal runs give equal bytes
+timing.jsonl        seconds per stage
+stages/NAME/        files of a finished stage, and manifest.json, written last
+stages/NAME/checkpoints/    of a stage that is not finished
+lock                held by the one process that works here
 """
 
 from __future__ import annotations

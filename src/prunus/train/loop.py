@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from prunus.data.batches import Batches
 from prunus.data.examples import Examples, Splits
-from prunus.errors import InvalidValue, NonFinite, Stopped, Unsupported
+from prunus.errors import InvalidValue, NonFinite, RecipeChanged, Stopped, Unsupported
+from prunus.files import canonical_json, sha256_bytes
 from prunus.masks import Masks
 from prunus.randomness import key
 from prunus.schedule import Duration, steps_of
 from prunus.train.callback import Callback, overriding
-from prunus.train.checkpoint import Checkpoints, Snapshot, load_optimizer_state, optimizer_state
+from prunus.train.checkpoint import Checkpoints, Snapshot, difference, load_optimizer_state, optimizer_state
 from prunus.train.objectives import cross_entropy, distillation
 from prunus.train.optim import build
 from prunus.train.training import Training
@@ -99,11 +100,13 @@ def fit(
     on_progress: Callable[[int, int, float | None], None] | None = None,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Fitted:
     """Train `model` in place, on the device it lies on, and leave it in the mode (train or eval) it came in.
 
     Args:
-        model: gives (B, C) logits for a batch of inputs.
+        model: gives (B, C) logits for a batch of inputs; all its modules are in training mode meanwhile.
         data: training examples, or splits whose validation examples are evaluated as `training` says.
         training: the choices.
         method: a method for `prunus.sparsify`, or None.
@@ -120,6 +123,7 @@ def fit(
         on_progress: called as (steps done, last step, loss or None if not read yet) after each step.
         on_metrics: called with each row of the history; after resuming, the rows so far come first.
         should_stop: asked after each step; True saves a checkpoint and raises `Stopped`.
+        include, exclude: which tensors the method may prune, see `prunus.parameters.prunable`.
 
     Raises:
         NonFinite: the loss became NaN or infinite.
@@ -129,6 +133,7 @@ def fit(
     """
     was_training = model.training
     loop = _Loop(model, data, training, seed, teacher, objective, tuple(callbacks))
+    loop.include, loop.exclude = tuple(include), tuple(exclude)
     loop.plan(start_step, until, rates)
     loop.attach(method, masks)
     try:
@@ -167,6 +172,8 @@ class _Loop:
         self.training = training
         self.seed = seed
         self.callbacks = callbacks
+        self.include: tuple[str, ...] = ()
+        self.exclude: tuple[str, ...] = ()
         first = next(iter(model.parameters()), None)
         if first is None:
             raise InvalidValue(f"{type(model).__name__} has no parameters, so there is nothing to train.")
@@ -231,6 +238,8 @@ class _Loop:
                 steps_per_epoch=self.batches.steps_per_epoch,
                 masks=masks,
                 seed=self.seed,
+                include=self.include,
+                exclude=self.exclude,
             )
         if self.training.clip_norm is not None:
             # Hooks run in the order of registration: behind the sparsifier's, the norm is that of masked gradients.
@@ -382,6 +391,7 @@ class _Loop:
         parts, state = optimizer_state(self.optimizer)
         tensors |= {f"optimizer.{n}": t for n, t in parts.items()}
         values: dict[str, Any] = {
+            "made_from": self.made_from(),
             "optimizer": state,
             "loss": [self.loss_sum, self.loss_count],
             "history": self.history,
@@ -400,8 +410,28 @@ class _Loop:
             values["best"] = [self.best.step, self.best.values]
         return Snapshot(self.step, tensors, values)
 
+    def made_from(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree on to be continued, as JSON values."""
+        return {
+            "training": self.training.describe(),
+            "seed": self.seed,
+            "start_step": self.start,
+            "end": self.end,
+            "steps_per_epoch": self.batches.steps_per_epoch,
+            "examples": len(self.batches.examples),
+            "rates": sha256_bytes(canonical_json(self.rates)),
+            "sparsified": self.sparsifier is not None,
+            "callbacks": [type(c).__name__ for c in self.callbacks],
+        }
+
     def load(self, saved: Snapshot) -> None:
         """Put a snapshot back. Weights come first: attaching the method may have changed those of the start."""
+        if saved.values["made_from"] != self.made_from():
+            raise RecipeChanged(
+                "the checkpoint belongs to another training: "
+                f"{difference(saved.values['made_from'], self.made_from())}. "
+                "Use the choices it was made with, or another folder."
+            )
         load_model(self.model, saved.part("model"))
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict({"tensors": saved.part("sparsifier"), "values": saved.values["sparsifier"]})
@@ -446,7 +476,8 @@ class _Loop:
         return Fitted(self.step, self.total, masks, metrics, self.history, optimizer)
 
     def detach(self) -> None:
-        """Leave no hook behind, whatever ended the training."""
+        """Leave neither hooks nor gradients behind, whatever ended the training."""
+        self.optimizer.zero_grad()
         if self.sparsifier is not None:
             self.sparsifier.detach()
             self.sparsifier = None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prunus.errors import InvalidValue, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor  # recipes and `--help` read this module without paying for torch
 
 Factor = Callable[[int, int], float]
 
@@ -234,6 +235,8 @@ def norm_drop(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> floa
     Returns:
         A number in [0, 1] when `after` is `before` with zeros.
     """
+    import torch
+
     whole = lost = 0.0
     for name, value in after.items():
         weight = before[name].detach().double()

@@ -29,6 +29,21 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors_save(plain)
 
 
+def settled(data: bytes) -> bytes:
+    """Return a safetensors file with the entries of its metadata in sorted order.
+
+    The library writes metadata in an order that changes from one call to the next; files that are compared or
+    hashed need one spelling.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
 def from_bytes(data: bytes, source: str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, each in memory of its own.
 

@@ -70,10 +70,10 @@ class Training:
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise InvalidValue(f"epochs={self.epochs} and steps={self.steps} both set the length; give one of them.")
-        for name in ("epochs", "steps"):
-            _check(name, getattr(self, name), lambda v: v is None or v >= 0, "0 or more")
-        for name in ("batch_size", "evaluate_every"):
-            _check(name, getattr(self, name), lambda v: v is None or v >= 1, "1 or more")
+        for name, least in (("epochs", 0), ("steps", 0), ("evaluate_every", 1)):
+            if getattr(self, name) is not None:
+                _check(name, _whole(name, getattr(self, name)), lambda v, m=least: v >= m, f"{least} or more")
+        _check("batch_size", _whole("batch_size", self.batch_size), lambda v: v >= 1, "1 or more")
         _check("lr", self.lr, lambda v: 0 <= v < float("inf"), "a finite number from 0 up")
         _check("weight_decay", self.weight_decay, lambda v: 0 <= v < float("inf"), "a finite number from 0 up")
         _check("label_smoothing", self.label_smoothing, lambda v: 0 <= v < 1, "in [0, 1)")
@@ -127,6 +127,12 @@ class Training:
     def describe(self) -> dict[str, Any]:
         """Return the choices as JSON values."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidValue(f"{name}={value!r} must be a whole number.")
+    return value
 
 
 def _check(name: str, value: Any, fits: Any, what: str) -> None:

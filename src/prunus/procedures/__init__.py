@@ -1,0 +1,1 @@
+"""Procedures: named methods that run whole trainings as stages; they stand above `run`, step methods in `methods`."""
