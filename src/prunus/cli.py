@@ -117,7 +117,7 @@ def _run(known: argparse.Namespace) -> int:
 
     Every value of a recipe is a flag of the same name: --training.lr 0.05, --seeds 1,2,3, --sparsities 0.9,0.98.
     --method NAME replaces the methods (repeat it for several); --method.OPTION VALUE sets an option of the method
-    before it; --method.sparsity sets the sparsities.
+    before it; --method.sparsity sets the sparsities; --data.OPTION and --model.OPTION set options of data and model.
     """
     if known.help:
         return _run_help()

@@ -107,7 +107,7 @@ def ap(
     examples = run.splits.validation if held_out(run) == "validation" else run.splits.train
 
     def choose(name: str, start: State, trained: State, target: float, masks: Masks | None) -> Masks:
-        before = masks if masks is not None else Masks.full(run.model)
+        before = masks if masks is not None else Masks.full(run.model, include=run.include, exclude=run.exclude)
         goal = keep_count(before.total, target)
         # The tolerance keeps 0.02 * 50 = 1.0000000000000002 and 0.29 * 100 = 28.999999999999996 what they mean.
         wanted = min(int(share * before.kept + 1e-9), before.kept - goal)

@@ -160,8 +160,10 @@ def cut(
 ) -> Masks:
     """Choose masks for the weights of `state`, once, as a stage of the run (see `prunus.prune` for the arguments).
 
-    `data` holds batches, x or (x, y); by default what score and budget need, see `scoring_data`.
+    `data` holds batches, x or (x, y); by default what score and budget need, see `scoring_data`. Patterns of `include`
+    and `exclude` join those of the run.
     """
+    include, exclude = (*run.include, *include), (*run.exclude, *exclude)
     batches = scoring_data(run, score, budget) if data is None else list(data)
     choice = dict(budget) if isinstance(budget, Mapping) else budget
     inputs = {

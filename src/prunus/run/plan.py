@@ -35,7 +35,7 @@ class Planner(Run):
         """Note the stage and its steps."""
         training = choices.get("training") or self.training
         per_epoch = steps_per_epoch(self, training)
-        total = training.total_steps(per_epoch)
+        total = len(training.learning_rates(per_epoch))  # also notices a warm-up that does not fit
         until = choices.get("until")
         end = total if until is None else steps_of(until, total_steps=total, steps_per_epoch=per_epoch)
         method = choices.get("method")

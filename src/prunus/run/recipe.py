@@ -200,8 +200,8 @@ def from_flags(base: Mapping[str, Any], flags: Sequence[str], *, source: str) ->
     """Return the recipe of `base` with the values that flags change.
 
     Flags have the names of the recipe: `--training.lr 0.05`, `--seeds 1,2,3`, `--sparsities 0.9,0.98`. `--method NAME`
-    replaces the methods (repeat it for several); `--method.OPTION VALUE` sets an option of the method before it, and
-    `--method.sparsity` the sparsities.
+    replaces the methods (repeat it for several); `--method.OPTION VALUE` sets an option of the method before it,
+    `--method.sparsity` the sparsities, `--data.OPTION` and `--model.OPTION` those of the data set and the model.
 
     Raises:
         RecipeError, UnknownName, InvalidValue: as `build`.
@@ -210,11 +210,11 @@ def from_flags(base: Mapping[str, Any], flags: Sequence[str], *, source: str) ->
 
     # Flags are checked against a valid base, so that a complaint names the flag and not the file.
     recipe = build(base, source=source)
-    rest, methods, sparsities = _take_methods(list(flags))
+    rest, taken = _take_options(list(flags))
     known = [f"--{f.name}" for f in fields(Recipe)] + [f"--training.{f.name}" for f in fields(Training)]
     for flag in rest:
         name = flag.partition("=")[0]
-        if name.startswith("--") and name not in known and not name.startswith(("--data.", "--model.")):
+        if name.startswith("--") and name not in known:
             raise RecipeError(
                 f"there is no flag {name!r}.{did_you_mean(name, [*known, '--method', '--out', '--json'])}"
             )
@@ -227,15 +227,12 @@ def from_flags(base: Mapping[str, Any], flags: Sequence[str], *, source: str) ->
     except (ArgumentError, SystemExit) as error:
         raise RecipeError(f"a flag is not valid: {' '.join(str(error).split())}") from error
     result = {n: getattr(parsed, n) for n in values if n != "training"}
-    result["training"] = _training(values["training"], vars(parsed.training), base.get("training", {}))
-    if methods is not None:
-        result["methods"] = methods
-    if sparsities is not None:
-        result["sparsities"] = sparsities
+    result["training"] = _training(values["training"], vars(parsed.training))
+    _apply_options(result, taken)
     return build(result, source="the flags")
 
 
-def _training(before: dict[str, Any], after: dict[str, Any], written: Any) -> dict[str, Any]:
+def _training(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return the training values; a length given by flag replaces the other kind of length in the file."""
     if after["steps"] is not None and after["steps"] != before["steps"] and after["epochs"] == before["epochs"]:
         after = after | {"epochs": None}
@@ -263,33 +260,43 @@ def _listed(flags: list[str]) -> list[str]:
     return result
 
 
-def _take_methods(flags: list[str]) -> tuple[list[str], list[Named] | None, list[float] | None]:
-    """Split off --method and --method.OPTION."""
+def _take_options(flags: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Split off the flags that belong to a named thing: --method, --method.OPTION, --data.OPTION, --model.OPTION."""
     rest: list[str] = []
-    methods: list[dict[str, Any]] | None = None
-    sparsities: list[float] | None = None
+    taken: list[tuple[str, str]] = []
     i = 0
     while i < len(flags):
         name, equals, value = flags[i].partition("=")
-        if name != "--method" and not name.startswith("--method."):
-            rest.append(flags[i])
-            i += 1
+        i += 1
+        if name != "--method" and not name.startswith(("--method.", "--data.", "--model.")):
+            rest.append(flags[i - 1])
             continue
         if not equals:
-            if i + 1 >= len(flags):
+            if i >= len(flags):
                 raise RecipeError(f"the flag {name} needs a value.")
-            value = flags[i + 1]
+            value = flags[i]
             i += 1
-        i += 1
-        if name == "--method":
-            methods = [*(methods or []), {"name": value}]
+        taken.append((name.removeprefix("--"), value))
+    return rest, taken
+
+
+def _apply_options(values: dict[str, Any], taken: Sequence[tuple[str, str]]) -> None:
+    """Put the options that flags gave into the recipe's values."""
+    methods: list[dict[str, Any]] = []
+    for name, text in taken:
+        kind, _, option = name.partition(".")
+        option = option.replace("-", "_")
+        if kind == "method" and not option:
+            methods.append({"name": text})
             continue
-        option = name.removeprefix("--method.").replace("-", "_")
-        parsed = parse_yaml(f"value: {value}", name)["value"]
-        if option == "sparsity":
-            sparsities = [parsed] if not isinstance(parsed, list) else parsed
-        elif methods is None:
-            raise RecipeError(f"{name} belongs to a method; give --method NAME before it.")
+        value = parse_yaml(f"value: {text}", f"--{name}")["value"]
+        if kind != "method":
+            values[kind] = named(values[kind], kind) | {option: value}
+        elif option == "sparsity":
+            values["sparsities"] = value if isinstance(value, list) else [value]
+        elif not methods:
+            raise RecipeError(f"--{name} belongs to a method; give --method NAME before it.")
         else:
-            methods[-1][option] = parsed
-    return rest, methods if methods is None else list(methods), sparsities
+            methods[-1][option] = value
+    if methods:
+        values["methods"] = methods
