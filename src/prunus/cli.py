@@ -68,8 +68,11 @@ def _dispatch(arguments: list[str]) -> int:
     if verb_name is not None and verb_name not in _VERBS:
         raise unknown("verb", verb_name, _VERBS)
     if verb_name in ("run", "plan"):
-        known, rest = parser.parse_known_args(arguments)
-        known.flags = rest
+        # The recipe is the word right behind the verb: any later one may be the value of a recipe's flag.
+        at = arguments.index(verb_name) + 1
+        recipe = [a for a in arguments[at : at + 1] if not a.startswith("-")]
+        known, rest = parser.parse_known_args([*arguments[:at], *arguments[at + len(recipe) :]])
+        known.flags, known.recipe = rest, (recipe or ["digits"])[0]
     else:
         known = parser.parse_args(arguments)
     if known.verb is None:
@@ -179,7 +182,6 @@ def _carry_out(recipe: Any, folder: Path, known: argparse.Namespace) -> int:
                 on_step=progress.step,
                 on_cell=progress.cell,
                 should_stop=lambda: stop["asked"],
-                command=["prunus", *sys.argv[1:]] if sys.argv[1:] else ["prunus", "run"],
             )
         except PrunusError as error:
             if error.exit_code == 75:

@@ -245,8 +245,9 @@ def _flow_gradient(source: Source) -> dict[str, Tensor]:
     positive = copied(source.model).double().eval()
     with torch.no_grad():
         for parameter in positive.parameters():
-            parameter.abs_()
-            parameter.requires_grad_(True)
+            if parameter.is_floating_point():
+                parameter.abs_()
+                parameter.requires_grad_(True)
     parameters = parameters_of(positive, source.addresses)
     ones = torch.ones(1, *shape.shape[1:], dtype=torch.float64, device=shape.device)
     output = positive(ones)

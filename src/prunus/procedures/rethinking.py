@@ -50,17 +50,17 @@ def sparse_std(kept: int, in_channels: int) -> float:
 
 
 def sparse_init(state: State, masks: Masks, run: Run, seed: int) -> State:
-    """Return `state` with masked convolution weights drawn anew from N(0, 2 / n) for the sparse fan n, then masked.
+    """Return `state` with masked weights of convolution and linear layers drawn anew for their sparse fan, then masked.
 
-    n is the number of kept weights per input channel (see `sparse_std`). Other masked tensors, such as those of
-    linear and recurrent layers, keep their values where they are kept.
+    Kept weights come from N(0, 2 / n), n the number of kept weights per input channel or feature (see `sparse_std`).
+    Other masked tensors, such as those of recurrent layers, keep their own values where they are kept.
     """
     weights: dict[str, Tensor] = dict(state.weights)
     for name, address in prunable(run.model, include=list(masks)).items():
         if name not in masks:
             continue
         mask = masks[name].cpu()
-        if address.kind == "conv":
+        if address.kind in ("conv", "conv-transpose", "linear"):
             noise = torch.randn(address.shape, generator=generator(seed, "sparse init", name))
             scale = sparse_std(masks.count(name), address.inputs * address.groups)
             weights[name] = (noise * scale).to(weights[name].dtype)

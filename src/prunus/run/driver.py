@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from prunus.files import canonical_json, sha256_bytes
 from prunus.measure.latency import latency
 from prunus.models.create import create
 from prunus.report.write import write
-from prunus.run.cells import Cell, cells, result_of
+from prunus.run.cells import Cell, carry_out, cells, result_of
 from prunus.run.plan import plan
 from prunus.run.recipe import Recipe, named
 from prunus.run.stages import Run
@@ -92,7 +91,6 @@ def execute(
     on_step: Callable[[str, int, int, float | None], None] | None = None,
     on_cell: Callable[[dict[str, Any], int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    command: Sequence[str] = (),
 ) -> Finished:
     """Run a recipe to its end in `folder`, continuing whatever is there of it already.
 
@@ -103,7 +101,6 @@ def execute(
         on_step: called as (stage, steps done, last step, loss or None).
         on_cell: called with each result row, its number and the number of all.
         should_stop: asked after each step; then the state is saved and `Stopped` raised.
-        command: the command line, for the report.
 
     Raises:
         RecipeChanged: the folder was made by another recipe.
@@ -127,16 +124,14 @@ def execute(
             rows.append(row)
             if on_cell is not None:
                 on_cell(row, number, len(wanted))
-        results = gather_results(recipe, splits, rows, store, command)
+        results = gather_results(recipe, splits, rows, store)
         seconds = time.perf_counter() - started
         timing = measure_timing(wanted, roots, rows, seconds)
         reports = write(store.folder, results, timing)
     return Finished(Path(folder), results, reports, seconds)
 
 
-def gather_results(
-    recipe: Recipe, splits: Splits, rows: list[dict[str, Any]], store: Store, command: Sequence[str]
-) -> dict[str, Any]:
+def gather_results(recipe: Recipe, splits: Splits, rows: list[dict[str, Any]], store: Store) -> dict[str, Any]:
     """Return the results as the report takes them; nothing in them depends on time or on interruptions."""
     best = recipe.training.checkpoint_best
     return {
@@ -153,7 +148,8 @@ def gather_results(
         },
         "recipe": recipe.to_dict(),
         "environment": store.environment,
-        "command": shlex.join(command),
+        # Not the words typed: those differ between a run and its resumption, this redoes either.
+        "command": "prunus run recipe.json",
         "cells": rows,
     }
 
@@ -162,8 +158,6 @@ def measure_timing(
     wanted: Sequence[Cell], roots: Callable[[int], Run], rows: Sequence[Mapping[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Return wall-clock figures of this machine: the run, and one forward pass dense against the sparsest network."""
-    from prunus.run.cells import carry_out
-
     timing: dict[str, Any] = {"this session, seconds": round(seconds, 1)}
     pruned = [c for c in wanted if c.sparsity > 0]
     if not pruned:

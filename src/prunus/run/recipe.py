@@ -139,8 +139,8 @@ def _check(recipe: Recipe) -> None:
         values = getattr(recipe, name)
         if len(set(values)) != len(values):
             raise RecipeError(f"{name} {values} names one twice.")
-    if recipe.checkpoint_seconds < 0:
-        raise InvalidValue(f"checkpoint_seconds {recipe.checkpoint_seconds} is negative.")
+    if recipe.checkpoint_seconds <= 0:
+        raise InvalidValue(f"checkpoint_seconds {recipe.checkpoint_seconds} must be above 0.")
     for spec in recipe.methods:
         check_method(spec)
     labels = [slug(label_of(m)) for m in recipe.methods]
