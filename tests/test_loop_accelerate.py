@@ -183,7 +183,7 @@ def test_a_scaler_inside_the_wrapper(name, fused, accelerator):
     assert_same(net, handle.masks, twin, keep)
 
 
-def test_the_example_accumulates_to_the_big_batch(accelerator, monkeypatch):
+def test_the_example_without_accumulation_is_the_plain_example(accelerator, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = runpy.run_path(str(EXAMPLES / "accelerate_loop.py"))
     accumulated = example["main"](epochs=3)

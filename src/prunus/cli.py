@@ -68,17 +68,41 @@ def _dispatch(arguments: list[str]) -> int:
     if verb_name is not None and verb_name not in _VERBS:
         raise unknown("verb", verb_name, _VERBS)
     if verb_name in ("run", "plan"):
-        # The recipe is the word right behind the verb: any later one may be the value of a recipe's flag.
         at = arguments.index(verb_name) + 1
-        recipe = [a for a in arguments[at : at + 1] if not a.startswith("-")]
-        known, rest = parser.parse_known_args([*arguments[:at], *arguments[at + len(recipe) :]])
-        known.flags, known.recipe = rest, (recipe or ["digits"])[0]
+        own, recipe, flags = _split(arguments[at:])
+        known = parser.parse_args([*arguments[:at], *own])
+        known.recipe, known.flags = recipe, flags
     else:
         known = parser.parse_args(arguments)
     if known.verb is None:
         parser.print_help()
         return 0
     return _VERBS[known.verb][0](known)
+
+
+_OWN_FLAGS = {"--out": 1, "--fresh": 0, "--quiet": 0, "--json": 0, "--help": 0, "-h": 0}
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Split what follows `run` or `plan` into the verb's own flags, the recipe, and the recipe's flags.
+
+    The recipe is the word right behind the verb; any later word may be the value of a recipe's flag, which argparse,
+    not knowing those flags, could not tell.
+    """
+    rest = list(words)
+    recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
+    own: list[str] = []
+    flags: list[str] = []
+    while rest:
+        word = rest.pop(0)
+        values = _OWN_FLAGS.get(word.partition("=")[0])
+        if values is None:
+            flags.append(word)
+        else:
+            own.append(word)
+            if values and "=" not in word and rest:
+                own.append(rest.pop(0))
+    return own, recipe, flags
 
 
 def _say(text: str = "") -> None:

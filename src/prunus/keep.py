@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def choose(
     exclude: Sequence[str] | str = (),
     seed: int = 0,
     train_mode: bool = False,
+    on_round: Callable[[int, int], None] | None = None,
 ) -> Masks:
     """Return the masks that `prunus.prune` would apply; the model's weights come back as they were.
 
@@ -85,6 +86,8 @@ def choose(
                 distortion=_distortion(model, parameters, read) if chosen.needs_distortion else None,
             )
             current = agree(decide(problem, chosen) & current)
+            if on_round is not None:
+                on_round(number, rounds)
     finally:
         with torch.no_grad():
             for name, value in saved.items():

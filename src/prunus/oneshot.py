@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,6 +158,7 @@ def prune(
     exclude: Sequence[str] | str = (),
     seed: int = 0,
     train_mode: bool = False,
+    on_round: Callable[[int, int], None] | None = None,
     inplace: bool = False,
     measure: bool = True,
 ) -> Pruned:
@@ -182,6 +183,7 @@ def prune(
         include, exclude: shell patterns of parameter names (see `prunus.parameters.prunable`).
         seed: for random scores.
         train_mode: score in train mode (batch statistics) instead of eval.
+        on_round: called as (round, rounds) after each scoring round, to show progress.
         inplace: prune `model` itself instead of a copy.
         measure: fill MACs and measured latency in the report (needs an example).
 
@@ -216,6 +218,7 @@ def prune(
         exclude=exclude,
         seed=seed,
         train_mode=train_mode,
+        on_round=on_round,
     )
     chosen.apply(model)
     report = compare(

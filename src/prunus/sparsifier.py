@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.distributed import agree
+from prunus.distributed import agree, agree_tensors
 from prunus.errors import DamagedFile, InvalidValue, Unsupported
 from prunus.hold import Hold, bare_optimizer
 from prunus.masks import Masks
@@ -73,6 +73,9 @@ class Sparsifier(Hold):
         first = method.start(self) if method is not None else masks
         assert first is not None
         first = agree(first)
+        # What a method remembers of the weights must be rank 0's, too: DistributedDataParallel may yet be put around
+        # a model whose ranks were initialised differently.
+        self.memory = agree_tensors(self.memory)
         self.explored = first
         super().__init__(model, optimizer, first)
 

@@ -47,7 +47,7 @@ class Regrow(Method):
         budget: layer densities at the start.
         fraction: share of each layer's kept weights exchanged, at the start.
         fraction_end: the same at `end`.
-        anneal: curve between the two: "cosine", "linear", "constant".
+        anneal: curve between the two: "cosine", "linear"...; "constant" stays at `fraction`.
         every, end: interval and last moment of exchanges.
         growth: "gradient" (largest |dense gradient|), "random", or "momentum" (largest |running sum of dense
             gradients|, factor 0.9: sparse momentum of Dettmers & Zettlemoyer, 2019; costs one tensor per weight).
@@ -98,6 +98,8 @@ class Regrow(Method):
 
     def fraction_at(self, s: Sparsifier, step: int) -> float:
         """Return the exchanged share at `step`."""
+        if self.anneal == "constant":
+            return self.fraction
         _, end = self.window(s.steps, s.steps_per_epoch)
         return CURVES[self.anneal](self.fraction, self.fraction_end, progress(step, 0, end))
 

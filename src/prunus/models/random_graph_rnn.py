@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import InvalidValue, MaskMismatch, unknown
-from prunus.models.random_graph import Edge, Wiring, random_wiring
+from prunus.models.random_graph import Edge, Wiring, random_wiring, wiring
 
 MODES = {"rnn_tanh": ("RNN_TANH", 1), "rnn_relu": ("RNN_RELU", 1), "gru": ("GRU", 3), "lstm": ("LSTM", 4)}
 
@@ -104,6 +104,8 @@ class RandomGraphRNN(nn.Module):
     symbols an embedding table) and run through one recurrent layer per layer of the graph. Consecutive layers are
     joined where the graph has an edge. Edges that skip layers get a recurrent layer of their own from source to target
     layer, whose output sequence is added to that of the target layer. States feed back densely inside each layer.
+    Many small recurrent layers run one after another, so time grows with the depth and the skips of the graph, not
+    with the number of weights.
 
     Args:
         num_classes: number of outputs.
@@ -125,7 +127,7 @@ class RandomGraphRNN(nn.Module):
         *,
         cell: str = "gru",
         family: str = "barabasi-albert",
-        nodes: int = 30,
+        nodes: int = 20,
         graph_seed: int = 0,
         edges: Sequence[Edge] | None = None,
         padded: bool = False,
@@ -136,7 +138,10 @@ class RandomGraphRNN(nn.Module):
                 f"a sequence classifier reads (C, H, W), (steps, features) or (steps,), got {input_shape}"
             )
         features = {1: 1, 2: input_shape[-1], 3: input_shape[0] * input_shape[-1]}[len(input_shape)]
-        self.wiring = _wiring(family, nodes, graph_seed, edges)
+        if edges is None:
+            self.wiring = random_wiring(family, nodes, graph_seed)
+        else:
+            self.wiring = wiring(nodes, [(int(a), int(b)) for a, b in edges])
         self.padded = padded
         sizes = [len(layer) for layer in self.wiring.layers]
         self.embedding = nn.Linear(features, sizes[0], bias=False)
@@ -188,17 +193,9 @@ def last_step(x: Tensor) -> Tensor:
     return (filled * steps).amax(dim=1)
 
 
-def edge_mask(wiring: Wiring, source: int, target: int) -> Tensor:
+def edge_mask(plan: Wiring, source: int, target: int) -> Tensor:
     """Return bool (units of layer `target`, units of layer `source`), True where the graph has an edge."""
-    mask = torch.zeros(len(wiring.layers[target]), len(wiring.layers[source]), dtype=torch.bool)
-    for a, b in wiring.between(source, target):
+    mask = torch.zeros(len(plan.layers[target]), len(plan.layers[source]), dtype=torch.bool)
+    for a, b in plan.between(source, target):
         mask[b, a] = True
     return mask
-
-
-def _wiring(family: str, nodes: int, graph_seed: int, edges: Sequence[Edge] | None) -> Wiring:
-    from prunus.models.random_graph import wiring
-
-    if edges is None:
-        return random_wiring(family, nodes, graph_seed)
-    return wiring(nodes, [(int(a), int(b)) for a, b in edges])

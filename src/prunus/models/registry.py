@@ -96,6 +96,13 @@ MODELS: Catalog[ModelInfo] = Catalog(
             )
             for cell in ("rnn", "gru", "lstm")
         ),
+        ModelInfo(
+            name="random-graph-rnn",
+            target="prunus.models.random_graph_rnn:RandomGraphRNN",
+            summary="recurrent sequence classifier wired like a random graph; drawing one needs networkx",
+            family="recurrent",
+            input_shape=(1, 28, 28),
+        ),
         *(
             ModelInfo(
                 name=f"{cell}-lm",

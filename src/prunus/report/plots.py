@@ -115,9 +115,9 @@ def accuracy_plot(rows: Sequence[Row]) -> str | None:
             ends.append((method, y[-1], options))
         ends += _dense_band(axes, rows)
         low, high = axes.get_ylim()
-        # Automatic limits may run past 100 %, where there is nothing to see.
-        tallest = max(y for _, y, _ in ends)
-        axes.set_ylim(low, min(high, max(100.5, tallest + 0.5)))
+        # Wide intervals run past what an accuracy can be, where there is nothing to see.
+        tallest, lowest = max(y for _, y, _ in ends), min(y for _, y, _ in ends)
+        axes.set_ylim(max(low, min(-0.5, lowest - 0.5)), min(high, max(100.5, tallest + 0.5)))
         axes.set_xlabel("sparsity (share of zeros; logarithmic in the density)")
         axes.set_ylabel("test accuracy %")
         axes.grid(axis="y")
