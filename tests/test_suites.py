@@ -24,7 +24,7 @@ from prunus.parameters import prunable
 from prunus.scores.registry import SCORES, ScoreInfo
 from prunus.units import NM, Row, unit
 
-pytestmark = suites.skip_slow_warnings()
+pytestmark = suites.projected_lstm_notice()
 
 
 @pytest.fixture(autouse=True)

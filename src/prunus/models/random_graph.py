@@ -80,7 +80,9 @@ def random_wiring(family: str, nodes: int, seed: int = 0) -> Wiring:
     try:
         graph = nx.connected_watts_strogatz_graph(nodes, max(2, nodes // 5), 1.0, tries=1000, seed=draw)
     except nx.NetworkXError as error:
-        raise InvalidValue(f"no connected watts-strogatz graph of {nodes} vertices was found; use more vertices") from error
+        raise InvalidValue(
+            f"no connected watts-strogatz graph of {nodes} vertices was found; use more vertices"
+        ) from error
     return wiring(nodes, graph.edges)
 
 
@@ -130,5 +132,7 @@ def _networkx() -> Any:
     try:
         import networkx
     except ImportError as error:
-        raise MissingExtra("random graphs are drawn by networkx, which is not installed: pip install networkx") from error
+        raise MissingExtra(
+            "random graphs are drawn by networkx, which is not installed: pip install networkx"
+        ) from error
     return networkx

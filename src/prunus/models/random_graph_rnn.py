@@ -45,6 +45,13 @@ class MaskedRecurrent(nn.RNNBase):
         MaskMismatch: a pattern of another shape or type.
     """
 
+    pattern_ih: Tensor
+    pattern_hh: Tensor
+    weight_ih_l0: Tensor
+    weight_hh_l0: Tensor
+    bias_ih_l0: Tensor
+    bias_hh_l0: Tensor
+
     def __init__(
         self,
         mode: str,

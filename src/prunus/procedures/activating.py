@@ -17,7 +17,7 @@ from prunus.budget.select import keep_count, keep_top
 from prunus.errors import InvalidValue, unknown
 from prunus.masks import Masks
 from prunus.measure.activity import activity
-from prunus.procedures.common import Outcome, check_sparsity, cut, held_out, in_order, shorter
+from prunus.procedures.common import Outcome, check_sparsity, cut, diagnose, held_out, in_order, shorter
 from prunus.procedures.imp import RESETS, prune_in_rounds, rounds_for
 from prunus.run.stages import Run, State
 from prunus.schedule import Duration
@@ -136,7 +136,8 @@ def ap(
             found = activity(trained.model(run), in_order(run, examples))
             return {"dead_rate": found.dead_rate, "always_off": found.always_off}
 
-        result = run.compute(name, {"state": trained, "data": examples}, work)
+        planned = {"dead_rate": 0.0, "always_off": 0.0}
+        result = diagnose(run, name, {"state": trained, "data": examples}, work, planned)
         assert isinstance(result, dict)
         return result
 

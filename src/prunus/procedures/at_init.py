@@ -51,16 +51,37 @@ def at_init(
     return Outcome(state, length(run), {"smallest_layer": min(r.kept for r in masks.table())})
 
 
-def snip(run: Run, **options: Any) -> Outcome:
+def snip(
+    run: Run,
+    *,
+    sparsity: float = 0.9,
+    budget: str | Mapping[str, Any] = "global",
+    unit: str = "weight",
+    check: str = "none",
+) -> Outcome:
     """Prune by connection sensitivity (see `at_init`)."""
-    return at_init(run, score="snip", **options)
+    return at_init(run, sparsity=sparsity, score="snip", budget=budget, unit=unit, check=check)
 
 
-def grasp(run: Run, **options: Any) -> Outcome:
+def grasp(
+    run: Run,
+    *,
+    sparsity: float = 0.9,
+    budget: str | Mapping[str, Any] = "global",
+    unit: str = "weight",
+    check: str = "none",
+) -> Outcome:
     """Prune by preserved gradient flow (see `at_init`)."""
-    return at_init(run, score="grasp", **options)
+    return at_init(run, sparsity=sparsity, score="grasp", budget=budget, unit=unit, check=check)
 
 
-def synflow(run: Run, **options: Any) -> Outcome:
+def synflow(
+    run: Run,
+    *,
+    sparsity: float = 0.9,
+    budget: str | Mapping[str, Any] = "global",
+    unit: str = "weight",
+    check: str = "none",
+) -> Outcome:
     """Prune by synaptic flow in 100 rounds (see `at_init`)."""
-    return at_init(run, score="synflow", **options)
+    return at_init(run, sparsity=sparsity, score="synflow", budget=budget, unit=unit, check=check)

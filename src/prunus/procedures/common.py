@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +103,14 @@ def in_order(run: Run, examples: Examples) -> Batches:
 def held_out(run: Run) -> str:
     """Return the split on which decisions and diagnoses are measured: "validation", or "train" when that is empty."""
     return "validation" if len(run.splits.validation) else "train"
+
+
+def diagnose(run: Run, name: str, inputs: Mapping[str, Any], function: Callable[[], Any], planned: Any) -> Any:
+    """Return `run.compute(name, inputs, function)`; a run that only plans gets `planned` at once.
+
+    For passes over data whose result changes no training's length.
+    """
+    return planned if hasattr(run, "planned") else run.compute(name, inputs, function)
 
 
 def measure(run: Run, state: State) -> dict[str, dict[str, float]]:

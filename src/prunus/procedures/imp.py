@@ -202,9 +202,7 @@ def imp(
         return cut(run, name, trained, target, score=score, budget=budget, masks=masks)
 
     targets = [sparsity] if branch == "oneshot" and sparsity else rounds_for(sparsity, rate)
-    found = prune_in_rounds(
-        run, targets, choose, training=training, again=again, rewind=rewind, rewind_to=rewind_to
-    )
+    found = prune_in_rounds(run, targets, choose, training=training, again=again, rewind=rewind, rewind_to=rewind_to)
     trained, masks, steps = found.trained, found.masks, found.steps
     if masks is not None and branch not in ("ticket", "oneshot"):
         control = {"shuffle-layers": shuffle_layers, "shuffle-all": shuffle_all, "even": even}

@@ -106,10 +106,9 @@ def rethinking(
     trained = dense(run, training)
     masks = cut(run, "prune", trained, sparsity, score=score, budget=budget)
 
-    model = run.model
-    masks_of = {row.name: row.density for row in masks.table()}
-    costs = layer_costs(model, run.splits.train.normalise(run.splits.train.x[:1]))
-    whole, left = effective_macs(costs, {}), effective_macs(costs, masks_of)
+    costs = layer_costs(run.model, run.splits.train.normalise(run.splits.train.x[:1]))
+    densities = {row.name: row.density for row in masks.table() if row.name in costs}
+    whole, left = effective_macs(costs, {}), effective_macs(costs, densities)
     lengths = {
         "finetune": max(1, epochs // 4) if finetune_epochs is None else finetune_epochs,
         "scratch-E": epochs,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prunus.budget.allocate import check_fraction
-from prunus.errors import InvalidValue, NothingPrunable, unknown
+from prunus.errors import NothingPrunable, unknown
 from prunus.masks import Masks
 from prunus.parameters import prunable
 from prunus.procedures.common import (

@@ -6,25 +6,25 @@ Source: Zimmer, Spiegel and Pokutta, ICLR 2024 (arXiv 2306.16788).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunus.budget.allocate import check_fraction
-from prunus.errors import InvalidValue, MaskMismatch, unknown
+from prunus.errors import InvalidValue, unknown
 from prunus.masks import Masks
 from prunus.measure.recalibrate import recalibrate
-from prunus.measure.similarity import effective_state
+from prunus.procedures.averaging import Ensemble, average, distances
 from prunus.procedures.common import (
     Outcome,
     check_sparsity,
     cut,
     dense,
+    diagnose,
     held_out,
     in_order,
     length,
@@ -52,86 +52,6 @@ def phase_sparsities(sparsity: float, phases: int) -> list[float]:
     if phases < 1:
         raise InvalidValue(f"phases={phases} must be 1 or more.")
     return [1 - (1 - sparsity) ** (j / phases) for j in range(1, phases + 1)]
-
-
-def average(
-    states: Sequence[Mapping[str, Tensor]], masks: Sequence[Mapping[str, Tensor] | None] | None = None
-) -> dict[str, Tensor]:
-    """Return the mean of several states of one network: of effective weights, in float64, rounded back at the end.
-
-    Floating-point entries (weights, biases, running statistics) are averaged. Whole numbers (counters) cannot be and
-    come from the first state; bool entries must agree. The mean of equal states is that state, bit for bit.
-
-    Args:
-        states: state dicts with the same names, shapes and dtypes.
-        masks: name -> bool tensor (True = kept) of each state, or None for a dense one; they must be the same for
-            all, since the mean of different masks is denser than each. Pruned entries count as zero.
-
-    Raises:
-        InvalidValue: nothing to average, or states of different architectures.
-        MaskMismatch: masks that differ, or do not fit.
-    """
-    if not states:
-        raise InvalidValue("there is no network to average.")
-    given = [None] * len(states) if masks is None else list(masks)
-    if len(given) != len(states):
-        raise InvalidValue(f"{len(states)} states came with {len(given)} masks; give one for each, or None.")
-    for other in given[1:]:
-        _check_same_masks(given[0], other)
-    effective = [effective_state(state, mask) for state, mask in zip(states, given, strict=True)]
-    first = effective[0]
-    for state in effective[1:]:
-        odd = [n for n in {*first, *state} if n not in first or n not in state or _kind(first[n]) != _kind(state[n])]
-        if odd:
-            raise InvalidValue(f"the networks differ in {sorted(odd)[0]!r}; only networks of one shape can be averaged.")
-    mean: dict[str, Tensor] = {}
-    for name, value in first.items():
-        values = [state[name].detach() for state in effective]
-        if value.is_floating_point():
-            total = torch.zeros_like(value, dtype=torch.float64)
-            for one in values:
-                total += one
-            mean[name] = (total / len(values)).to(value.dtype)
-            continue
-        if value.dtype == torch.bool and not all(torch.equal(value, one) for one in values):
-            raise MaskMismatch(f"the bool entries of {name!r} differ between the networks, so they have no average.")
-        mean[name] = value.detach().clone()
-    return mean
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
-
-
-def _check_same_masks(first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor] | None) -> None:
-    if (first is None) != (second is None):
-        raise MaskMismatch("one network has masks and another has none; their average would not be sparse.")
-    if first is None or second is None:
-        return
-    for name in {*first, *second}:
-        if name not in first or name not in second or not torch.equal(first[name].cpu(), second[name].cpu()):
-            raise MaskMismatch(f"the masks of {name!r} differ; only networks retrained under one mask make a soup.")
-
-
-def distances(states: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, float]:
-    """Return how far apart networks lie: L2 distances and angles over the tensors `names`, as one long vector.
-
-    Returns:
-        "pairwise_min", "pairwise_mean", "pairwise_max", "to_mean" (mean distance to the average) and
-        "angle_max_degrees"; all 0 for a single network.
-    """
-    vectors = [torch.cat([s[n].detach().double().reshape(-1).cpu() for n in names]) for s in states]
-    centre = torch.stack(vectors).mean(dim=0)
-    pairs = list(itertools.combinations(vectors, 2))
-    apart = [float((a - b).norm()) for a, b in pairs] or [0.0]
-    cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in pairs if a.any() and b.any()] or [1.0]
-    return {
-        "pairwise_min": min(apart),
-        "pairwise_mean": sum(apart) / len(apart),
-        "pairwise_max": max(apart),
-        "to_mean": sum(float((v - centre).norm()) for v in vectors) / len(vectors),
-        "angle_max_degrees": math.degrees(math.acos(max(-1.0, min(1.0, min(cosines))))),
-    }
 
 
 def greedy(scores: Sequence[float], of_soup: Callable[[list[int]], float]) -> list[int]:
@@ -195,19 +115,6 @@ def member_choices(
         "lr": lambda v: replace(training, lr=v),
     }
     return [(make[vary](v), v) for v in chosen]
-
-
-class Ensemble(nn.Module):
-    """Several classifiers as one: log of the mean of their softmax outputs, (N, classes)."""
-
-    def __init__(self, models: Sequence[nn.Module]):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map inputs to log-probabilities."""
-        logs = torch.stack([model(x).log_softmax(dim=1) for model in self.models])
-        return logs.logsumexp(dim=0) - math.log(len(self.models))
 
 
 def soups(
@@ -294,16 +201,21 @@ def soups(
             steps += length(run, training)
         chosen = _chosen(run, f"phase-{phase}/chosen", states, soup, mix)
         inputs = {"members": states, "chosen": chosen, "calibration": calibration if len(chosen) > 1 else None}
-        weights = run.compute(f"phase-{phase}/soup", inputs, lambda: mix(states, chosen))
-        current = State.of(weights, masks)
-        history.append(_report(run, states, chosen, [v for _, v in choices], current) | {"phase": phase})
+        work = partial(mix, states, chosen)
+        current = State.of(diagnose(run, f"phase-{phase}/soup", inputs, work, planned=states[0].weights), masks)
+        row = _report(run, f"phase-{phase}/ensemble", states, chosen, [v for _, v in choices], current)
+        history.append({"phase": phase} | row)
     metrics = history[-1]["soup"] | {"kept": current.masks.kept, "total": current.masks.total} if current.masks else {}
     final = State.of(current.weights, masks, metrics=metrics)
     return Outcome(final, steps, {"phases": history, "vary": vary, "kind": soup, "measured_on": held_out(run)})
 
 
 def _chosen(
-    run: Run, name: str, states: list[State], soup: str, mix: Callable[[Sequence[State], Sequence[int]], dict[str, Tensor]]
+    run: Run,
+    name: str,
+    states: list[State],
+    soup: str,
+    mix: Callable[[Sequence[State], Sequence[int]], dict[str, Tensor]],
 ) -> list[int]:
     """Return which members make the soup of a phase."""
     if soup == "uniform" or len(states) == 1:
@@ -315,16 +227,21 @@ def _chosen(
     def work() -> list[int]:
         return greedy([accuracy([i]) for i in range(len(states))], accuracy)
 
-    result = run.compute(name, {"members": states, "validation": run.splits.validation}, work)
+    result = diagnose(run, name, {"members": states, "validation": run.splits.validation}, work, planned=[0])
     assert isinstance(result, list)
     return result
 
 
-def _report(run: Run, states: list[State], chosen: list[int], values: list[Any], soup: State) -> dict[str, Any]:
+def _report(
+    run: Run, name: str, states: list[State], chosen: list[int], values: list[Any], soup: State
+) -> dict[str, Any]:
     """Return what a phase is worth: each member, their prediction ensemble, the soup, and how far apart they lie."""
     split = held_out(run)
     examples = run.splits.validation if split == "validation" else run.splits.train
-    ensemble = Ensemble([s.model(run) for s in states])
+
+    def together() -> dict[str, float]:
+        return measured(Ensemble([s.model(run) for s in states]), in_order(run, examples))
+
     names = [n for n, _ in run.model.named_parameters()]
     assert isinstance(soup.masks, Masks)
     return {
@@ -332,6 +249,6 @@ def _report(run: Run, states: list[State], chosen: list[int], values: list[Any],
         "members": [{"value": v} | run.evaluate(s, split) for s, v in zip(states, values, strict=True)],
         "chosen": chosen,
         "soup": run.evaluate(soup, split),
-        "ensemble": measured(ensemble, in_order(run, examples)),
+        "ensemble": diagnose(run, name, {"members": states, "data": examples}, together, planned={}),
         "distances": distances([s.weights for s in states], names),
     }

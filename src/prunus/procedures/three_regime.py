@@ -1,4 +1,4 @@
-"""Should the dense training be hotter or colder before pruning? Measured on pairs of retrained copies, without test labels.
+"""Should the dense training be hotter or colder before pruning? Read off pairs of retrained copies, not test labels.
 
 Source: Zhou, Yang, Chang and Mahoney, A three-regime model of network pruning, ICML 2023 (arXiv 2305.18383);
 sharpness-aware minimisation: Foret, Kleiner, Mobahi and Neyshabur, ICLR 2021.
@@ -7,10 +7,10 @@ sharpness-aware minimisation: Foret, Kleiner, Mobahi and Neyshabur, ICLR 2021.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from prunus.procedures.common import (
     check_sparsity,
     cut,
     dense,
+    diagnose,
     in_order,
     length,
     measure,
@@ -155,7 +156,7 @@ def compare(run: Run, first: State, second: State, *, points: int = 11, examples
     Returns:
         "connectivity" and the "errors" it is read off (shares of training examples at evenly spaced points of the
         segment, BatchNorm statistics measured anew at each), and "cka" of the softmax outputs on `examples` training
-        inputs without augmentation. JSON-ready.
+        inputs without augmentation, 0 where it is undefined because a network answers the same to all. JSON-ready.
     """
     train = run.splits.train
 
@@ -180,7 +181,9 @@ def compare(run: Run, first: State, second: State, *, points: int = 11, examples
             parts = [logits_of(model(x)).softmax(dim=1).cpu() for x, _, _ in in_order(run, shown)]
         return torch.cat(parts)
 
-    cka = linear_cka(outputs(first), outputs(second))
+    answers = outputs(first), outputs(second)
+    collapsed = any(torch.equal(a, a[:1].expand_as(a)) for a in answers)
+    cka = 0.0 if collapsed else linear_cka(*answers)
     return {"connectivity": path.connectivity, "errors": list(path.errors), "cka": cka}
 
 
@@ -253,7 +256,9 @@ def three_regime(
         pairs = []
         for i, j in itertools.combinations(range(retrains), 2):
             inputs = {"first": again[i], "second": again[j], "data": run.splits.train, "points": points}
-            pairs.append(run.compute(f"{name}/pair-{i}-{j}", inputs, lambda: compare(run, again[i], again[j], points=points)))
+            work = partial(compare, run, again[i], again[j], points=points)
+            planned = {"connectivity": 0.0, "errors": [0.0] * points, "cka": 1.0}
+            pairs.append(diagnose(run, f"{name}/pair-{i}-{j}", inputs, work, planned))
         kept[name] = again
         cells[name] = {
             "value": value,
@@ -269,5 +274,4 @@ def three_regime(
         told = advice(where, 1 - sparsity)  # type: ignore[arg-type]
         cell.update(regime=where, direction=told.direction, advice=told.reason)
     best = choose_checkpoint(measured, lmc_threshold=lmc_threshold)
-    assert math.isfinite(cells[best]["cka"])
     return Outcome(kept[best][0], steps, {"knob": knob, "chosen": best, "cells": cells})

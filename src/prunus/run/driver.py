@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,29 @@ def execute(
         Stopped: `should_stop` said so.
         DataMissing, DataDamaged, DamagedFile, StorageFailed, NonFinite and what recipes raise.
     """
+    with _threads(recipe.threads):
+        return _execute(recipe, Path(folder), on_plan, on_step, on_cell, should_stop)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _execute(
+    recipe: Recipe,
+    folder: Path,
+    on_plan: Callable[[dict[str, int]], None] | None,
+    on_step: Callable[[str, int, int, float | None], None] | None,
+    on_cell: Callable[[dict[str, Any], int, int], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> Finished:
     started = time.perf_counter()
     splits = load_data(recipe)
     wanted = cells(recipe)
@@ -128,7 +152,7 @@ def execute(
         seconds = time.perf_counter() - started
         timing = measure_timing(wanted, roots, rows, seconds)
         reports = write(store.folder, results, timing)
-    return Finished(Path(folder), results, reports, seconds)
+    return Finished(folder, results, reports, seconds)
 
 
 def gather_results(recipe: Recipe, splits: Splits, rows: list[dict[str, Any]], store: Store) -> dict[str, Any]:

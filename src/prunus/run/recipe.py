@@ -32,6 +32,7 @@ class Recipe:
         seeds: each method is run with each.
         include, exclude: shell patterns of parameter names to prune or to leave alone.
         checkpoint_seconds: how often a long training saves its state.
+        threads: CPU threads while the recipe runs, None for torch's own number. Tiny models are fastest with one.
     """
 
     title: str = "run"
@@ -44,6 +45,7 @@ class Recipe:
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     checkpoint_seconds: float = 30.0
+    threads: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as JSON-ready values."""
@@ -141,6 +143,8 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{name} {values} names one twice.")
     if recipe.checkpoint_seconds <= 0:
         raise InvalidValue(f"checkpoint_seconds {recipe.checkpoint_seconds} must be above 0.")
+    if recipe.threads is not None and recipe.threads < 1:
+        raise InvalidValue(f"threads {recipe.threads} must be at least 1.")
     for spec in recipe.methods:
         check_method(spec)
     labels = [slug(label_of(m)) for m in recipe.methods]
