@@ -5,17 +5,12 @@ Times of the two are taken in turns in one process on two threads, so that a bus
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.contract import Outcome, below, interleaved, main, threads
 from prunus.data.batches import Batches
 from prunus.data.examples import Examples
 from prunus.data.load import load
@@ -38,7 +33,7 @@ def examples() -> tuple[Examples, str]:
         return Examples.from_arrays(x, y, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3), "random"
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Outcome:
     """Time batches and training steps in turns.
 
     Args:
@@ -47,15 +42,11 @@ def run(quick: bool) -> dict[str, Any]:
     Returns:
         {"results": medians in milliseconds and the ratio, "goals": the ratio below 5 %}.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         return _measure(12 if quick else 60)
-    finally:
-        torch.set_num_threads(threads)
 
 
-def _measure(rounds: int) -> dict[str, Any]:
+def _measure(rounds: int) -> Outcome:
     data, source = examples()
     batches = Batches(data, BATCH, augment="crop,flip")
     model = create("resnet20", num_classes=data.num_classes)
@@ -72,15 +63,9 @@ def _measure(rounds: int) -> dict[str, Any]:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    seconds: dict[str, list[float]] = {"batch": [], "step": []}
-    for index in range(rounds + 3):
-        for name, work in (("batch", produce), ("step", step)):
-            taken = _seconds(work)
-            # The first rounds fill caches and allocate; they are not what a training run sees.
-            if index >= 3:
-                seconds[name].append(taken)
-    batch, training = (1e3 * statistics.median(seconds[name]) for name in ("batch", "step"))
-    ratio = statistics.median(b / s for b, s in zip(seconds["batch"], seconds["step"]))
+    # The first rounds fill caches and allocate; they are not what a training run sees.
+    timings = interleaved({"batch": produce, "step": step}, rounds, warmup=3)
+    ratio = timings.ratio("batch", "step")
     return {
         "results": [
             {
@@ -90,36 +75,14 @@ def _measure(rounds: int) -> dict[str, Any]:
                 "model": "resnet20",
                 "threads": torch.get_num_threads(),
                 "rounds": rounds,
-                "batch_ms": round(batch, 3),
-                "step_ms": round(training, 3),
+                "batch_ms": round(timings.milliseconds("batch"), 3),
+                "step_ms": round(timings.milliseconds("step"), 3),
                 "ratio": round(ratio, 4),
             }
         ],
-        "goals": [
-            {
-                "what": "time of a batch over time of a ResNet-20 training step",
-                "value": round(ratio, 4),
-                "goal": f"< {GOAL}",
-                "met": ratio < GOAL,
-            }
-        ],
+        "goals": [below("time of a batch over time of a ResNet-20 training step", ratio, GOAL)],
     }
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def main() -> int:
-    """Run, print one JSON object, and return 0 only if every goal is met."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="12 rounds instead of 60")
-    outcome = run(parser.parse_args().quick)
-    print(json.dumps(outcome, indent=2))
-    return 0 if all(goal["met"] for goal in outcome["goals"]) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__))

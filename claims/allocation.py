@@ -63,7 +63,7 @@ ONE_SHOT = Experiment(
     setup="digits, 30 epochs dense, one cut by magnitude, 15 epochs of tuning from half the rate",
     world=digits(30),
     measure=one_shot,
-    cost=10,
+    cost=6,
     quick=True,
 )
 DISTORTION = Experiment(
@@ -72,7 +72,7 @@ DISTORTION = Experiment(
     "curves from 256 training inputs",
     world=digits(30),
     measure=rate_distortion,
-    cost=4,
+    cost=2,
     quick=True,
 )
 
@@ -88,7 +88,7 @@ CLAIMS = [
             f"minimum-{label}-beats-global",
             "global-mp",
             GLOBAL_MP,
-            f"At 2% density a minimum of {share} of all weights per layer repairs the collapse of plain global pruning.",
+            f"At 2% density a minimum of {share} of all weights per layer repairs the collapse of global pruning.",
             Above(f"minimum {share} 2%", "global 2%"),
         )
         for label, share in (("0.05", "0.05%"), ("0.2", "0.2%"), ("0.5", "0.5%"))

@@ -55,7 +55,7 @@ COLLAPSE = Experiment(
     setup="seven linear layers of width 64, untrained; weights left in the emptiest layer",
     world=digits(1),
     measure=collapse,
-    cost=4,
+    cost=3,
     quick=True,
 )
 
@@ -65,8 +65,8 @@ CLAIMS = [
             name=f"shuffling-is-harmless-10-{arm}".lower(),
             method="pai-baselines",
             source=MISSING,
-            statement=f"At 10% density shuffling each layer's mask, or other initial weights, change {arm} by less than "
-            "1.5 points.",
+            statement=f"At 10% density shuffling each layer's mask, or other initial weights, change {arm} by less "
+            "than 1.5 points.",
             experiment=SANITY,
             rule=Every(
                 (

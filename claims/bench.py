@@ -44,6 +44,12 @@ class Bench(Run):
         self.trained[f"{self.name_prefix}{name}"] = state
         return state
 
+    def within(self, name: str) -> Bench:
+        """Return this run for the stages of one method (see `Run.within`)."""
+        inner = super().within(name)
+        assert isinstance(inner, Bench)
+        return inner
+
     def variant(
         self,
         name: str,

@@ -43,7 +43,7 @@ DIGITS = Experiment(
     "their row; 128 unlabelled training inputs",
     world=digits(30),
     measure=wanda,
-    cost=2,
+    cost=1,
     quick=True,
 )
 FASHION = Experiment(

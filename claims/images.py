@@ -46,8 +46,8 @@ def soup(bench: Bench) -> dict[str, float]:
 
 MASKS = Experiment(
     name="cifar-masks",
-    setup="4,000 images of CIFAR-10 with crops and flips, six convolutions of 8 to 32 channels, 10 epochs at rate 0.05, "
-    "5% density; exchanges once per epoch, the ramp over the first two thirds",
+    setup="4,000 images of CIFAR-10 with crops and flips, six convolutions of 8 to 32 channels, 10 epochs at rate "
+    "0.05, 5% density; exchanges once per epoch, the ramp over the first two thirds",
     world=world(
         "cifar10",
         "vgg-small",

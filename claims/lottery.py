@@ -20,7 +20,7 @@ SPARSITY = 1 - 0.7**11
 
 def fine_tuned(bench: Bench) -> State:
     """Prune in the same rounds, but go on at the constant rate 0.01 from the kept weights after each."""
-    state, masks = dense(bench.root), None  # type: ignore[arg-type]
+    state, masks = dense(bench), None
     for number, target in enumerate(rounds_for(SPARSITY, 0.3), start=1):
         masks = cut(bench, f"masks-{number}", state, target, masks=masks)
         start = rewound(State.of(state.weights), masks, bench)
@@ -30,7 +30,8 @@ def fine_tuned(bench: Bench) -> State:
 
 def tickets(bench: Bench) -> dict[str, float]:
     """Find tickets of 2% in eleven rounds; train them and their controls; cut once for comparison."""
-    rounds, one = {"sparsity": SPARSITY, "rate": 0.3}, {"sparsity": SPARSITY, "rate": SPARSITY, "budget": "lamp"}
+    rounds: dict[str, Any] = {"sparsity": SPARSITY, "rate": 0.3}
+    one: dict[str, Any] = {"sparsity": SPARSITY, "rate": SPARSITY, "budget": "lamp"}
     plain, lamp = bench.within("imp"), bench.within("lamp")
     states = {
         "dense": dense(bench),
@@ -38,7 +39,7 @@ def tickets(bench: Bench) -> dict[str, float]:
         "reinit": imp(plain, **rounds, branch="reinit").state,
         "shuffle": imp(plain, **rounds, branch="shuffle-layers").state,
         "rate rewinding": imp(bench.within("learning-rate"), **rounds, rewind="learning-rate").state,
-        "fine-tuning": fine_tuned(bench.within("finetune")),  # type: ignore[arg-type]
+        "fine-tuning": fine_tuned(bench.within("finetune")),
         "one-shot global": imp(bench.within("one-shot"), **rounds, branch="oneshot").state,
         "one-shot LAMP": imp(lamp, **one).state,
         "one-shot LAMP reinit": imp(lamp, **one, branch="reinit").state,
@@ -62,7 +63,7 @@ TICKETS = Experiment(
     "initial weights; fine-tuning at the constant rate 0.01",
     world=digits(20),
     measure=tickets,
-    cost=30,
+    cost=23,
 )
 ACTIVATION = Experiment(
     name="activation",
@@ -70,7 +71,7 @@ ACTIVATION = Experiment(
     "dead: share of (training image, hidden unit) pairs that are off",
     world=digits(20),
     measure=activation,
-    cost=36,
+    cost=35,
 )
 
 

@@ -77,7 +77,6 @@ SOUP = Experiment(
     world=noisy_digits,
     measure=soup,
     cost=7,
-    quick=True,
 )
 
 CLAIMS = [

@@ -38,7 +38,7 @@ MASKS = Experiment(
     setup="digits, 30 epochs, fixed random masks with ERK or uniform layer ratios",
     world=digits(30),
     measure=random_masks,
-    cost=5,
+    cost=4,
     quick=True,
 )
 WIDTH = Experiment(
@@ -46,7 +46,7 @@ WIDTH = Experiment(
     setup="digits, 30 epochs, random ERK masks at 5% density, hidden layers 256-128 and 512-256",
     world=digits(30),
     measure=random_width,
-    cost=9,
+    cost=4,
 )
 
 CLAIMS = [

@@ -168,9 +168,7 @@ class TwoInputs(nn.Module):
 
 def mlp(width: int = 20, inputs: int = 8) -> nn.Module:
     """Return the plain case; the sizes 8 * 20, 20 * 10 and 10 * 3 are multiples of five and ten."""
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 10), nn.ReLU(), nn.Linear(10, CLASSES)
-    )
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 10), nn.ReLU(), nn.Linear(10, CLASSES))
 
 
 def _frozen() -> nn.Module:
@@ -224,9 +222,7 @@ AWKWARD: tuple[Case, ...] = (
     Case("one-dimensional", lambda: Pooled(nn.Conv1d(4, 8, 3), nn.ReLU(), channels=8), (4, 9)),
     Case("three-dimensional", lambda: Pooled(nn.Conv3d(2, 4, 2), nn.ReLU(), channels=4), (2, 3, 3, 3)),
     Case("transposed", lambda: Pooled(nn.ConvTranspose2d(6, 4, 3), nn.ReLU(), channels=4), (6, 3, 3)),
-    Case(
-        "grouped transposed", lambda: Pooled(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.ReLU(), channels=4), (6, 3, 3)
-    ),
+    Case("grouped transposed", lambda: Pooled(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.ReLU(), channels=4), (6, 3, 3)),
     Case(
         "channels last",
         lambda: Pooled(nn.Conv2d(3, 8, 3), nn.ReLU(), channels=8).to(memory_format=torch.channels_last),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -116,7 +117,7 @@ def test_schedules_rise_monotonically_and_end_exactly(curve, initial, rise, begi
     final = initial + rise * (0.99 - initial)
     schedule = ResolvedSchedule(curve, initial, final, begin, begin + span, every)
     values = [schedule.value(step) for step in range(begin + span + 5)]
-    assert all(b >= a - 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(values))
     assert all(v == initial for v in values[:begin])
     assert all(v == final for v in values[begin + span :])
     assert all(min(initial, final) - 1e-12 <= v <= max(initial, final) + 1e-12 for v in values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def net(*widths, bias=True, dtype=torch.float64, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after, bias=bias), nn.ReLU()]
         return nn.Sequential(*layers[:-1]).to(dtype)
 
@@ -64,7 +65,8 @@ def test_random_scores_are_uniform_and_keyed_by_seed_and_tensor():
     model = net(60, 60, 60, dtype=torch.float32)
     values = score("random", model)
     for value in values.values():
-        assert 0 <= float(value.min()) and float(value.max()) < 1
+        assert float(value.min()) >= 0
+        assert float(value.max()) < 1
         assert float(value.mean()) == pytest.approx(0.5, abs=0.02)
         assert float(value.var()) == pytest.approx(1 / 12, abs=0.005)
     assert not torch.equal(*values.values())
@@ -200,7 +202,7 @@ def test_synflow_is_conserved_from_layer_to_layer_and_through_every_unit():
     assert all(layer.dtype == torch.float64 for layer in layers)
     for layer in layers:
         assert float(layer.sum()) == pytest.approx(total, rel=1e-12)
-    for before, after in zip(layers, layers[1:], strict=False):
+    for before, after in itertools.pairwise(layers):
         torch.testing.assert_close(before.sum(1), after.sum(0), rtol=1e-12, atol=0)
 
 
@@ -328,7 +330,8 @@ def test_spectral_norm_does_not_hide_the_layer():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("lstm", "linear and convolution layers; exclude"), ("layer that never runs", "'never.weight'")]
+    ("name", "message"),
+    [("lstm", "linear and convolution layers; exclude"), ("layer that never runs", "'never.weight'")],
 )
 def test_wanda_says_which_layer_it_cannot_score(name, message):
     awkward = case(name)
@@ -360,7 +363,8 @@ def test_train_mode_uses_batch_statistics():
     model = CONV.build()
     batches = CONV.batches()
     assert not torch.equal(
-        score("gradient", model, batches)["body.0.weight"], score("gradient", model, batches, train=True)["body.0.weight"]
+        score("gradient", model, batches)["body.0.weight"],
+        score("gradient", model, batches, train=True)["body.0.weight"],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunus.errors import InvalidValue, MaskMismatch, UnknownName
-from prunus.masks import Masks
-from prunus.measure.accuracy import evaluate
 from prunus.procedures.averaging import Ensemble, average, distances
 from prunus.procedures.common import in_order, spread_over
 from prunus.procedures.imp import imp, rounds_for
 from prunus.procedures.soups import greedy, member_choices, phase_sparsities, soups
-from prunus.run.stages import State
 from prunus.train.training import Training
 from small_runs import Watched, digits_run, normed_run, same_weights
 
@@ -100,7 +97,10 @@ def test_a_soup_of_linear_models_is_no_worse_than_the_mean_member(loss):
 
 
 def test_distances_by_hand():
-    states = [{"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0])}, {"a": torch.zeros(2), "b": torch.tensor([4.0])}]
+    states = [
+        {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0])},
+        {"a": torch.zeros(2), "b": torch.tensor([4.0])},
+    ]
     found = distances(states, ["a", "b"])
     assert found["pairwise_min"] == found["pairwise_mean"] == found["pairwise_max"] == pytest.approx(5.0)
     assert found["to_mean"] == pytest.approx(2.5)
@@ -157,8 +157,6 @@ def test_phases_go_on_from_the_soup_under_one_mask():
     found = soups(run.within("soups"), sparsity=0.9, phases=2, members=3, epochs=1)
     members = [run.seen[f"phase-2/member-{i}"] for i in range(3)]
     assert len({start.digest for start, _ in members}) == 1
-    first = [run.train(f"phase-1/member-{i}", **run.seen[f"phase-1/member-{i}"][1]) for i in range(0)]
-    assert first == []
     assert all(choices["masks"] == found.state.masks for _, choices in members)
     assert len({choices["seed"] for _, choices in members}) == 3
     assert members[0][1]["seed"] is None
@@ -210,18 +208,13 @@ def test_greedy_is_at_least_the_best_member_and_needs_validation_examples():
 
 
 def test_the_soup_is_no_worse_in_loss_than_the_mean_member_on_noisy_digits():
-    """One fifth of the training labels is wrong; a high rate makes members differ, the average is calmer."""
-    run = digits_run(epochs=8, hidden=(64, 32), validation=0)
+    """One fifth of the training labels is wrong (those of the held-out examples are right); the average is calmer."""
+    run = digits_run(epochs=8, hidden=(64, 32), validation=300)
     train = run.splits.train
     g = torch.Generator().manual_seed(0)
-    noisy = torch.where(torch.rand(len(train), generator=g) < 0.2, torch.randint(0, 10, (len(train),), generator=g), train.y)
-    object.__setattr__(train, "y", noisy)
+    wrong, other = torch.rand(len(train), generator=g) < 0.2, torch.randint(0, 10, (len(train),), generator=g)
+    noisy = replace(train, y=torch.where(wrong, other, train.y))
+    run.splits = replace(run.splits, train=noisy)
     found = soups(run.within("soups"), sparsity=0.9, phases=1, members=4, epochs=5)
-    states = [run.within("soups").compute(f"phase-1/member-{i}", {}, partial(dict)) for i in range(0)]
-    assert states == []
     (phase,) = found.details["phases"]
     assert phase["soup"]["loss"] <= sum(m["loss"] for m in phase["members"]) / 4
-    assert found.state.masks == Masks({n: m for n, m in found.state.masks.items()})
-    assert isinstance(found.state, State)
-    test = evaluate(found.state.model(run), in_order(run, run.splits.test))
-    assert test.accuracy > 0.85

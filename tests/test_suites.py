@@ -298,7 +298,9 @@ class RevivingBudget(Uniform):
     """Forgets what was pruned before."""
 
     def choose(self, problem: Problem) -> dict[str, Tensor]:
-        return super().choose(replace(problem, scores={n: s.nan_to_num(neginf=99.0) for n, s in problem.scores.items()}))
+        return super().choose(
+            replace(problem, scores={n: s.nan_to_num(neginf=99.0) for n, s in problem.scores.items()})
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,6 +456,47 @@ def test_broken_methods_are_noticed(attribute, message):
     row = replace(METHODS.entry("rigl"), name="broken", target=f"test_suites:{attribute}")
     with pytest.raises((AssertionError, TypeError), match=message):
         suites.check_method(row)
+
+
+@dataclass(frozen=True)
+class BurningStatic(Static):
+    """Lets weights explode."""
+
+    def after(self, s):
+        with torch.no_grad():
+            for parameter in s.parameters.values():
+                parameter.mul_(1e30)
+
+
+def test_methods_that_break_the_model_are_noticed():
+    row = replace(METHODS.entry("random-pruning"), name="broken", target="test_suites:BurningStatic")
+    with pytest.raises(AssertionError, match="not finite"):
+        suites.check_method_on(row, MLP)
+
+
+def test_unmasked_optimizer_state_is_noticed(monkeypatch):
+    monkeypatch.setattr("prunus.hold.state_tensors", lambda optimizer, parameter: ())
+    with pytest.raises(AssertionError, match=r"optimizer state of .* survives"):
+        suites.check_method(METHODS.entry("gmp-cubic"))
+
+
+def test_hooks_that_stay_after_detach_are_noticed(monkeypatch):
+    monkeypatch.setattr("prunus.hold.Hold.detach", lambda self: None)
+    with pytest.raises(AssertionError, match="after detach"):
+        suites.check_method(METHODS.entry("random-pruning"))
+
+
+def test_late_checks_are_noticed(monkeypatch):
+    monkeypatch.setattr("prunus.methods.regrow.Regrow.check", lambda self, steps, steps_per_epoch: None)
+    with pytest.raises(AssertionError, match=r"never exchanges|is accepted"):
+        suites.check_method(METHODS.entry("rigl"))
+
+
+def test_model_files_without_a_hash_are_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr("prunus.oneshot._content_hash", lambda header, tensors: header.get("sha256", "0" * 64))
+    masks = Masks({"weight": torch.tensor([[True, False, True]])})
+    with pytest.raises(AssertionError, match="flipped"):
+        suites.check_model_file(nn.Linear(3, 1), masks, lambda: nn.Linear(3, 1), tmp_path)
 
 
 def test_empty_columns_of_methods_are_noticed():

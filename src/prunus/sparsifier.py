@@ -212,7 +212,11 @@ class Sparsifier(Hold):
             packed = {k: {n: tensors[f"{k}/{n}"] for n in values["shapes"]} for k in ("masks", "explored")}
         except KeyError as error:
             raise DamagedFile(f"the saved state lacks {error}; use an older checkpoint.") from error
-        masks, explored = (Masks.unpacked(packed[k], values["shapes"]) for k in ("masks", "explored"))
+        # Saved values may come back in another order; that of the model is what files are written in.
+        shapes = {n: values["shapes"][n] for n in self.masks if n in values["shapes"]}
+        if len(shapes) != len(values["shapes"]) or len(shapes) != len(self.masks):
+            raise InvalidValue("the saved state has masks for other tensors than this model; resume with the same.")
+        masks, explored = (Masks.unpacked(packed[k], shapes) for k in ("masks", "explored"))
         masks.check_same(self.masks)
         explored.check_same(self.masks)
         self.step = int(values["step"])
@@ -273,6 +277,13 @@ def sparsify(
     if isinstance(method, str):
         from prunus.methods.registry import METHODS
 
+        entry = METHODS.entry(method)
+        if entry.kind != "step":
+            steps_only = ", ".join(e.name for e in METHODS if e.kind == "step")
+            raise InvalidValue(
+                f"{entry.name!r} is a procedure over whole trainings and cannot act inside one; use `prunus run "
+                f"--method {entry.name}`, or one of {steps_only} here."
+            )
         method = METHODS.build(method)
     if method is not None and not isinstance(method, Method):
         raise InvalidValue(

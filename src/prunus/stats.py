@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from prunus.errors import InvalidValue, Unsupported
@@ -200,7 +201,8 @@ def _squared_gradient(source: Source) -> dict[str, Tensor]:
             raise Unsupported("per-example gradients need (inputs, labels) batches, not dicts of keywords.")
         total = {n: torch.zeros(a.shape) for n, a in source.addresses.items()}
         for i in range(batch.size):
-            one = Batch(tuple(a[i : i + 1] for a in batch.args), {}, batch.target[i : i + 1])
+            target = None if batch.target is None else batch.target[i : i + 1]
+            one = Batch(tuple(a[i : i + 1] for a in batch.args), {}, target)
             for name, grad in source.gradients(source.loss(source.run(one), one.target)).items():
                 total[name] = total[name].to(grad.device) + grad.detach().float().square()
         return {n: t / batch.size for n, t in total.items()}
@@ -211,16 +213,23 @@ def _squared_gradient(source: Source) -> dict[str, Tensor]:
 
 
 def _hessian_gradient(source: Source) -> dict[str, Tensor]:
-    """H g of the mean loss with logits divided by 200; g is the mean gradient over all batches, held constant."""
+    """H g of the mean loss with logits divided by 200; g is the mean gradient over all batches, held constant.
+
+    The loss of a model that computes its own (an output with `.loss`) is taken as it is.
+    """
     batches = source.need_batches("a Hessian-gradient product")
     examples = sum(b.size for b in batches)
 
     def loss_of(batch: Batch) -> Tensor:
         output = source.run(batch)
+        own = getattr(output, "loss", None)
         logits = getattr(output, "logits", output)
-        return source.loss(logits / GRASP_TEMPERATURE, batch.target) * (batch.size / examples)
+        # A model that computes its own loss (shifted labels, several heads) cannot be given scaled logits.
+        value = own if isinstance(own, Tensor) else source.loss(logits / GRASP_TEMPERATURE, batch.target)
+        return value * (batch.size / examples)
 
-    with preserved(source.model, train=source.train):
+    # Fused attention has no second derivative.
+    with preserved(source.model, train=source.train), sdpa_kernel(SDPBackend.MATH):
         held: dict[str, Tensor] = {}
         for batch in batches:
             for name, grad in source.gradients(loss_of(batch)).items():

@@ -147,11 +147,12 @@ def read(
 def _distinct(stream: Iterator[str], count: int) -> list[str]:
     """Return the first `count` different strings of a stream, in the order of their first occurrence."""
     found: dict[str, None] = {}
-    drawn = 0
+    in_vain = 0
     while len(found) < count:
-        found[next(stream)] = None
-        drawn += 1
-        if drawn > 1000 * (count + 100):
+        text = next(stream)
+        in_vain = in_vain + 1 if text in found else 0
+        found[text] = None
+        if in_vain > 20_000:
             raise InvalidValue(
                 f"only {len(found)} different strings turned up where {count} are needed; allow longer ones (length=) "
                 "or ask for fewer"

@@ -104,16 +104,17 @@ def ap(
     if rewind not in RESETS:
         raise unknown("rewinding mode", rewind, RESETS)
     training = run.training if epochs is None else shorter(run.training, epochs)
+    full = Masks.full(run.model, include=run.include, exclude=run.exclude)
     examples = run.splits.validation if held_out(run) == "validation" else run.splits.train
 
     def choose(name: str, start: State, trained: State, target: float, masks: Masks | None) -> Masks:
-        before = masks if masks is not None else Masks.full(run.model, include=run.include, exclude=run.exclude)
+        before = full if masks is None else masks
         goal = keep_count(before.total, target)
         # The tolerance keeps 0.02 * 50 = 1.0000000000000002 and 0.29 * 100 = 28.999999999999996 what they mean.
         wanted = min(int(share * before.kept + 1e-9), before.kept - goal)
         between = 1 - (goal + wanted) / before.total
         base = cut(run, f"{name}-base", trained, between, score=score, budget=budget, masks=masks)
-        spared = (list(base)[-1],) if spare_output else ()
+        spared = (list(full)[-1],) if spare_output else ()
         inputs = {
             "start": start,
             "trained": trained,

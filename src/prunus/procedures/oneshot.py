@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prunus.procedures.common import Outcome, check_sparsity, cut, dense, length, retrain_rates, shorter
+from prunus.procedures.common import Outcome, check_sparsity, cut, dense, length, retrain_rates, shorter, whole_epochs
 from prunus.run.stages import Run
 
 
@@ -35,7 +35,7 @@ def oneshot(
         retrain: learning-rate schedule of retraining: FT, LRW, SLR, CLR, LLR or ALLR (see `prunus.train.rates`).
     """
     check_sparsity(sparsity)
-    whole = run.training.epochs or 20
+    whole = whole_epochs(run)
     dense_epochs = dense_epochs or (max(1, round(whole * 2 / 3)) if epochs is None else whole)
     epochs = max(1, whole - dense_epochs) if epochs is None else epochs
     first, second = shorter(run.training, dense_epochs), shorter(run.training, epochs)

@@ -11,7 +11,7 @@ from prunus.masks import Masks
 from prunus.measure.cost import count, effective_macs, layer_costs
 from prunus.methods.base import Method
 from prunus.methods.registry import METHODS
-from prunus.procedures.common import Outcome, dense, length, shorter
+from prunus.procedures.common import Outcome, dense, length, shorter, whole_epochs
 from prunus.run.recipe import Named, Recipe, label_of, named, slug
 from prunus.run.stages import Run
 
@@ -99,7 +99,7 @@ def carry_out(cell: Cell, root: Run) -> Outcome:
     start = spec.get("start", "dense" if entry.when.startswith("after training") else "initial")
     if start == "initial":
         return Outcome(run.train("train", method=method), length(run))
-    whole = run.training.epochs or 20
+    whole = whole_epochs(run)
     first = max(1, round(whole * 2 / 3))
     early, late = shorter(run.training, first), shorter(run.training, max(1, whole - first), lr=run.training.lr / 2)
     trained = dense(run, early)
