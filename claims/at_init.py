@@ -9,6 +9,7 @@ from claims.claim import Claim, Experiment
 from claims.rules import Above, Alike, Every, Inside, NotBelow
 from prunus.procedures.at_init import at_init
 from prunus.procedures.common import cut
+from prunus.procedures.imp import imp
 
 MISSING = "Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?, ICLR 2021"
 SYNFLOW = "Tanaka et al., Pruning neural networks without any data, NeurIPS 2020"
@@ -18,9 +19,14 @@ COMPRESSIONS = (10, 31.6, 100, 316)
 
 
 def sanity(bench: Bench) -> dict[str, float]:
-    """Prune at initialisation and train: as chosen, with shuffled layers, with other initial weights."""
+    """Prune at initialisation and train: as chosen, with shuffled layers, with other initial weights.
+
+    "after training" is the comparison: the global magnitude mask of the trained network, from the same initial weights.
+    """
     found = {}
     for density in (0.1, 0.03, 0.01):
+        after = imp(bench.within(f"after-{density}"), sparsity=1 - density, rate=1 - density, branch="oneshot").state
+        found[f"after training {percent(density)}"] = bench.accuracy(after)
         for arm, score in METHODS.items():
             for label, check in CHECKS.items():
                 inner = bench.within(f"{score}-{density}-{check}")
@@ -45,7 +51,7 @@ def collapse(bench: Bench) -> dict[str, float]:
 SANITY = Experiment(
     name="at-initialisation",
     setup="digits, 30 epochs, scores on ten training images per class, global budget (random: uniform), SynFlow in "
-    "100 rounds",
+    "100 rounds; after training: 30 epochs dense, one global cut by magnitude, 30 epochs from the same initial weights",
     world=digits(30),
     measure=sanity,
     cost=45,
@@ -60,6 +66,19 @@ COLLAPSE = Experiment(
 )
 
 CLAIMS = [
+    *(
+        Claim(
+            name=f"all-trail-pruning-after-training-{density}",
+            method="pai-baselines",
+            source=MISSING,
+            statement=f"At {density}% density SNIP, GraSP and SynFlow trail magnitude pruning after training.",
+            experiment=SANITY,
+            rule=Every(
+                tuple(Above(f"after training {density}%", f"{arm} {density}%") for arm in ("SNIP", "GraSP", "SynFlow"))
+            ),
+        )
+        for density in (10, 3)
+    ),
     *(
         Claim(
             name=f"shuffling-is-harmless-10-{arm}".lower(),

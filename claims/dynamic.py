@@ -155,8 +155,8 @@ GRANET = Experiment(
 PLASTICITY = Experiment(
     name="plasticity",
     setup="digits, 40 epochs, rate 0.1 divided by ten after 20 and 30 epochs; checkpoints after 15, 25 and 35 epochs "
-    "pruned to 2% in every layer and trained on for 5 epochs of the same schedule; accuracy gained over the checkpoint; "
-    "regrown: right after the cut half of what is kept is exchanged by gradient, as in one update of GraNet",
+    "pruned to 2% in every layer and trained on for 5 epochs of the same schedule; accuracy gained over the "
+    "checkpoint; regrown: right after the cut half of what is kept is exchanged by gradient, as in a GraNet update",
     world=digits(40, schedule="step"),
     measure=pruning_plasticity,
     cost=2,

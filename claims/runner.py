@@ -101,7 +101,7 @@ def _measured(task: Task, cache: Path) -> dict[str, float]:
     experiment = registry.experiment(task.experiment)
     folder = cache / experiment.name / f"{digest_of(experiment)}-seed-{task.seed}"
     done = folder.with_suffix(".json")
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         return {arm: float(v) for arm, v in json.loads(done.read_bytes())["values"].items()}
     recipe = {"experiment": experiment.name, "seed": task.seed}
     with Store.create(folder, recipe) as store:

@@ -11,8 +11,8 @@ from claims.bench import Bench, digits
 from claims.claim import Claim, Experiment
 from claims.rules import Above, Exactly, NotBelow
 from prunus.data.examples import Splits
+from prunus.procedures.averaging import average
 from prunus.procedures.common import cut, dense, length, shorter
-from prunus.procedures.soups import average
 from prunus.randomness import generator, key
 from prunus.run.stages import State
 from prunus.run.store import Store

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "prunus"
 FLOORS = [
     ["errors", "catalog", "files", "randomness"],
     ["parameters", "units", "schedule"],
-    ["masks", "hold", "stats", "scores", "budget", "distributed"],
+    ["masks", "hold", "evidence", "input_norms", "stats", "scores", "budget", "distributed"],
     ["keep", "methods", "sparsifier"],
     ["data", "models"],
     ["measure"],

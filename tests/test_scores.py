@@ -14,10 +14,11 @@ from torch.func import functional_call
 import prunus
 from awkward import CLASSES, CONV, MLP, case, mlp
 from prunus.errors import InvalidValue, NonFinite, Unsupported
+from prunus.evidence import default_loss, read_batch
 from prunus.keep import choose
 from prunus.parameters import parameters_of, prunable
 from prunus.scores.registry import SCORES
-from prunus.stats import GRASP_TEMPERATURE, default_loss, gather, read_batch
+from prunus.stats import GRASP_TEMPERATURE, gather
 
 
 def net(*widths, bias=True, dtype=torch.float64, seed=0):
@@ -453,3 +454,17 @@ def test_a_refusal_leaves_no_hooks():
     with pytest.raises(Unsupported):
         score("wanda", model, case("lstm").batches())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_input_norms_of_weights_that_a_model_uses_by_itself() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.layer.weight)
+
+    model, x = Own(), torch.randn(7, 5)
+    norm = gather(model, prunable(model), ["input_norm"], data=[x])["layer.weight"]["input_norm"]
+    torch.testing.assert_close(norm, x.square().mean(0).sqrt().expand(3, 5))

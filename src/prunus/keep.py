@@ -14,11 +14,12 @@ from prunus.budget.budgets import budget as budget_of
 from prunus.budget.select import keep_count, some_kept
 from prunus.distributed import agree
 from prunus.errors import Infeasible, InvalidValue
+from prunus.evidence import Batch, Loss, preserved, read_batch
 from prunus.masks import Masks
 from prunus.parameters import Prunable, check_finite, parameters_of, prunable
 from prunus.schedule import exponential
 from prunus.scores.registry import SCORES
-from prunus.stats import Batch, Loss, gather, preserved, read_batch
+from prunus.stats import gather
 from prunus.units import NM, Unit
 from prunus.units import unit as unit_of
 

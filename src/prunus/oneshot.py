@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from prunus.budget.budgets import Budget
 from prunus.errors import DamagedFile, MaskMismatch
+from prunus.evidence import Loss
 from prunus.files import sha256_bytes, write_atomic
 from prunus.keep import choose, read_data
 from prunus.masks import Masks
 from prunus.measure.pruning_report import PruningReport, compare
 from prunus.parameters import copied, parameters_of, prunable, unwrap
-from prunus.stats import Loss
 from prunus.units import Unit
 from prunus.units import unit as unit_of
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from prunus.budget.allocate import check_fraction
 from prunus.errors import InvalidValue
+from prunus.evidence import preserved
 from prunus.keep import choose
 from prunus.masks import Masks
 from prunus.measure.forwarding import call, device_of, logits_of, to_device
 from prunus.methods.regrow import rewire
 from prunus.parameters import copied
-from prunus.stats import preserved
 
 
 @dataclass(frozen=True)
