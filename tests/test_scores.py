@@ -462,7 +462,7 @@ def test_input_norms_of_weights_that_a_model_uses_by_itself() -> None:
             super().__init__()
             self.layer = torch.nn.Linear(5, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, self.layer.weight)
 
     model, x = Own(), torch.randn(7, 5)
