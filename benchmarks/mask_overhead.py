@@ -5,13 +5,16 @@ a step of each in turns: dense, a fixed mask (Static), RigL, and the masks of to
 in every forward pass. RigL is counted with one exchange in 100 steps: ordinary steps and steps with an exchange are
 timed apart, because 100 steps of each would take an hour.
 
-The ratio of whole steps is what counts, and needs a quiet machine: a step takes a second there, the masks a few
-milliseconds. The share of a masked step that is spent in the hooks is measured inside those same steps and is
-certain even on a busy one.
+The ratio of whole steps is what counts, and needs a quiet machine: a step takes hundreds of milliseconds, the masks
+two. The share of a masked step that is spent in the hooks is measured inside those same steps and varies less. Where
+other work holds a core, every operation on more than 32,768 numbers, an addition as well as a mask, waits
+milliseconds for the second thread, and the sixty short ones of the hooks wait most; `OMP_WAIT_POLICY=PASSIVE` in the
+environment spares all of them that wait. The results say how it was set.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -140,7 +143,14 @@ def _measure(rounds: int, every: int) -> Outcome:
     size = prunable(create("resnet20")).total
     return {
         "results": [
-            {"model": "resnet20", "batch_size": BATCH, "prunable": size, "sparsity": SPARSITY},
+            {
+                "model": "resnet20",
+                "batch_size": BATCH,
+                "prunable": size,
+                "sparsity": SPARSITY,
+                "threads": torch.get_num_threads(),
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+            },
             *(timings.summary(name, "dense") for name in steps),
             {
                 "name": f"rigl, one exchange in {AMORTISED_OVER} steps",

@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped; the same command goes on where it was")
         return 75
-    command = " ".join(["python -m claims", *chosen.names, *_flags(chosen)])
+    data = ["PRUNUS_DATA=..."] if os.environ.get("PRUNUS_DATA") else []
+    command = " ".join([*data, "python -m claims", *chosen.names, *_flags(chosen)])
     origin = runner.provenance(command)
     print(table.text(findings))
     numbers = table.as_json(findings, measured, origin)

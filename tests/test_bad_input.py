@@ -203,6 +203,22 @@ def test_masks_of_another_model():
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize(
+    ("name", "mask", "message"),
+    [
+        ("tied linear", "second.weight", r"another name of 'first\.weight'; call it so"),
+        ("torch.nn.utils.prune", "0.weight_orig", r"already under torch\.nn\.utils\.prune"),
+        ("weight norm", "0.parametrizations.weight.original1", "parametrised by _WeightNorm"),
+    ],
+)
+def test_masks_of_tensors_that_cannot_be_held(name, mask, message):
+    model = case(name).build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = Masks({mask: torch.ones_like(model.get_parameter(mask), dtype=torch.bool)})
+    with pytest.raises(MaskMismatch, match=f"'{mask}' cannot be held: .*{message}"):
+        prunus.sparsify(model, optimizer, masks=masks, steps=3)
+
+
 def test_masks_that_are_too_sparse():
     model = MLP.build()
     sparse = prunus.prune(model, 0.9, measure=False).masks

@@ -415,6 +415,7 @@ def test_exit_codes_and_files(
     import claims.__main__ as command
 
     monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.delenv("PRUNUS_DATA", raising=False)
     made = claim("c", experiment(numbers), Above("bad", "good"))
     monkeypatch.setattr(registry, "select", lambda names, quick: [made])
     world(made)

@@ -247,3 +247,44 @@ def test_flags_come_in_any_order(tiny: Path, capsys: pytest.CaptureFixture[str])
     plan = json.loads(capsys.readouterr().out)
     assert plan["recipe"]["seeds"] == [5, 6, 7]
     assert plan["steps"] == 3 * 3 * 5
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_loses_nothing(reference: Path, tiny: Path, tmp_path: Path) -> None:
+    import resource
+
+    out = tmp_path / "out"
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with an error instead of killing
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "prunus", "run", str(tiny), "--out", str(out), "--quiet"],
+        capture_output=True,
+        text=True,
+        preexec_fn=small_files,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 3, done.stderr
+    assert "could not write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert main(["verify", str(out)]) == 0
+    assert run("resume", str(out), "--quiet").returncode == 0
+    assert files(out) == files(reference)
+
+
+def test_a_folder_that_cannot_be_made(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tiny), "--out", "/proc/nowhere/run", "--quiet"]) == 3
+    assert "/proc/nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "code"), [("data: cifar10", 2), ("data: {name: image-folder}", 2)])
+def test_missing_data_says_where_it_was_looked_for(
+    text: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PRUNUS_DATA", str(tmp_path / "nothing"))
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert main(["run", str(path), "--out", str(tmp_path / "out"), "--quiet"]) == code
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

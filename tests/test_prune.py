@@ -15,7 +15,7 @@ import prunus
 import suites
 from awkward import AWKWARD, CONV, MLP, case, mlp
 from prunus.budget.select import keep_count, keep_top
-from prunus.errors import DamagedFile, Infeasible, MaskMismatch, StorageFailed
+from prunus.errors import DamagedFile, Infeasible, MaskMismatch, StorageFailed, Unsupported
 from prunus.keep import choose
 from prunus.masks import Masks
 from prunus.oneshot import load, pack
@@ -206,7 +206,9 @@ def test_random_scores_follow_the_seed_only():
 @pytest.mark.parametrize("info", [pytest.param(s, id=s.name) for s in SCORES])
 def test_scores_through_the_front_door(info):
     model = CONV.build()
-    masks = [prunus.prune(model, 0.7, score=info.name, rounds=3, data=CONV.batches(), measure=False).masks] * 2
+    masks = [
+        prunus.prune(model, 0.7, score=info.name, rounds=3, data=CONV.batches(), measure=False).masks for _ in range(2)
+    ]
     assert masks[0] == masks[1]
     if info.name != "wanda":
         assert masks[0].kept == keep_count(260, 0.7)
@@ -397,6 +399,23 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         load(path, mlp())
     with pytest.raises(StorageFailed, match="nowhere"):
         prunus.prune(mlp(), 0.5, measure=False).save(tmp_path / "nowhere" / "model")
+
+
+def test_packing_refuses_what_it_could_not_read_back():
+    tied = case("tied linear").build()
+    with pytest.raises(MaskMismatch, match=r"'second\.weight' is another name of 'first\.weight'"):
+        pack(tied, Masks({"second.weight": torch.ones(8, 8, dtype=torch.bool)}))
+
+    class Talkative(nn.Linear):
+        def get_extra_state(self):
+            return {"words": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Talkative(2, 2)
+    with pytest.raises(Unsupported, match="'_extra_state' is a dict, not a tensor"):
+        pack(model, Masks.full(nn.Linear(2, 2)))
 
 
 def test_packing_refuses_masks_of_another_model():

@@ -15,7 +15,7 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
 from prunus.budget.budgets import Budget
-from prunus.errors import DamagedFile, MaskMismatch
+from prunus.errors import DamagedFile, MaskMismatch, Unsupported
 from prunus.evidence import Loss
 from prunus.files import sha256_bytes, write_atomic
 from prunus.keep import choose, read_data
@@ -60,6 +60,8 @@ def pack(model: nn.Module, masks: Masks) -> bytes:
     aliases: dict[str, str] = {}
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     for name, value in bare.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise Unsupported(f"state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved.")
         place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
         if value.numel() and place in seen:
             aliases[name] = seen[place]  # tied tensors are stored once
@@ -70,6 +72,9 @@ def pack(model: nn.Module, masks: Masks) -> bytes:
             tensors[f"kept:{name}"] = value[masks[name].cpu()].contiguous()
         else:
             tensors[f"full:{name}"] = value.contiguous().clone()
+    for name in masks:
+        if name in aliases:
+            raise MaskMismatch(f"mask {name!r} is another name of {aliases[name]!r}; call it so.")
     tensors |= {f"mask:{n}": bits for n, bits in masks.packed().items()}
     header = {"format": _FORMAT, "shapes": {n: list(m.shape) for n, m in masks.items()}, "aliases": aliases}
     header["sha256"] = _content_hash(header, tensors)

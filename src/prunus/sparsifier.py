@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.distributed import agree, agree_tensors
-from prunus.errors import DamagedFile, InvalidValue, Unsupported
+from prunus.errors import DamagedFile, InvalidValue, MaskMismatch, Unsupported
 from prunus.hold import Hold, bare_optimizer
 from prunus.masks import Masks
 from prunus.methods.base import Method
@@ -235,6 +235,11 @@ def _restrict(addresses: Any, masks: Masks, model: nn.Module, include: Sequence[
         addresses = prunable(
             model, include=[*([include] if isinstance(include, str) and include else include), *missing]
         )
+    for name in masks:
+        if name not in addresses:
+            first = next((a.name for a in addresses.values() if name in a.aliases), None)
+            why = f"it is another name of {first!r}; call it so" if first else addresses.skipped[name]
+            raise MaskMismatch(f"mask {name!r} cannot be held: {why}.")
     return type(addresses)({n: addresses[n] for n in masks}, addresses.skipped)
 
 

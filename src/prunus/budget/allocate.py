@@ -162,7 +162,7 @@ def smart_ratio(shapes: Sequence[Shape], density: float, last: float = 0.3) -> l
     last = min(last, density * sum(sizes) / sizes[-1])
     raw = [float((n - l) ** 2 + (n - l)) for l in range(n - 1)]
     left = (density * sum(sizes) - last * sizes[-1]) / sum(sizes[:-1])
-    return [*proportional_densities(raw, sizes[:-1], min(1.0, left)), last]
+    return [*proportional_densities(raw, sizes[:-1], min(1.0, max(0.0, left))), last]
 
 
 def check_fraction(name: str, value: float, *, one_allowed: bool = True) -> float:
