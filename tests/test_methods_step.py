@@ -611,3 +611,21 @@ def test_bad_weights_are_named_before_anything_is_attached(value):
     with pytest.raises(NonFinite, match=r"weight '2\.weight' has 1 NaN or infinite of 200"):
         prunus.sparsify(model, optimizer, prunus.Static(0.5), steps=3)
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_gradient_scores_do_not_depend_on_how_the_optimizer_uses_its_buffers() -> None:
+    """Nesterov momentum in its foreach form adds to `.grad` in place; the score must see the gradient before that."""
+
+    def masks(foreach: bool) -> prunus.Masks:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=foreach)
+        held = prunus.sparsify(model, optimizer, prunus.GMP(0.7, score="taylor", every=2, end=8), steps=10)
+        x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+        for _ in range(10):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return held.masks
+
+    assert masks(True) == masks(False)

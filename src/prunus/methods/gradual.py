@@ -9,6 +9,7 @@ from prunus.errors import InvalidValue, ScheduleTooShort
 from prunus.masks import Masks
 from prunus.methods.base import BudgetChoice, Method, check_pattern, given_masks, select
 from prunus.schedule import Duration, ResolvedSchedule, Schedule
+from prunus.scores.registry import SCORES
 from prunus.sparsifier import Sparsifier
 
 
@@ -71,8 +72,9 @@ class Gradual(Method):
         return self._at(s, sparsity, first) if sparsity > first.sparsity else first
 
     def wants_dense_gradients(self, s: Sparsifier) -> bool:
-        """Masked gradients are enough: pruned weights do not come back."""
-        return False
+        """A gradient score must see the gradient itself; after the step some optimizers have overwritten it."""
+        plan = self.schedule(s.steps, s.steps_per_epoch)
+        return "gradient" in SCORES.entry(self.score).needs and plan.due(s.step + 1)
 
     def after(self, s: Sparsifier) -> None:
         """Cut further when an event is due."""
