@@ -402,10 +402,12 @@ def _check_ties(problem: Problem, chosen: Budget, where: str) -> None:
 
 
 def _check_units(chosen: Budget, where: str) -> None:
-    pattern = problem_of(chosen, 0.5, what=NM(2, 4))
-    for name, mask in decide(pattern, chosen).items():
-        wanted = brute_force_pattern(pattern.scores[name], pattern.addresses[name], 2, 4)
-        require(torch.equal(mask, wanted), f"{where}: breaks the 2:4 pattern of {name!r}")
+    for dead in (0.0, 0.6):
+        pattern = problem_of(chosen, 0.5, what=NM(2, 4), dead=dead)
+        for name, mask in decide(pattern, chosen).items():
+            score = pattern.scores[name]
+            wanted = brute_force_pattern(score, pattern.addresses[name], 2, 4) & (score > -torch.inf)
+            require(torch.equal(mask, wanted), f"{where}: breaks the 2:4 pattern of {name!r} with {dead:.0%} dead")
     for what in (Row(), Block(2, 3)):
         problem = problem_of(chosen, 0.6, what=what)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -165,6 +166,11 @@ def test_set_drops_the_smallest_of_both_signs():
     both = prunus.SET(sign_split=False).rewire_layer(mask, weight.abs(), grow, 0.5, 6, weight)
     assert both[[2, 3, 6, 7]].all()
     assert int(both.sum()) == 6
+    # A kept zero counts as positive, once: of the two negative weights one goes.
+    weight, grow = torch.tensor([0.0, -0.3, -0.4, 0.0]), torch.tensor([0.0, 0.0, 0.0, 1.0])
+    mask = torch.tensor([True, True, True, False])
+    new = prunus.SET(fraction=0.5).rewire_layer(mask, weight.abs(), grow, 0.5, 3, weight)
+    assert new.int().tolist() == [1, 0, 1, 1]
 
 
 def test_growth_by_momentum_follows_the_running_sum_of_dense_gradients():
@@ -333,6 +339,27 @@ def test_granet_follows_its_ramp_and_regrows_within_layers():
 def test_granet_meets_the_target_at_the_end_of_the_ramp_even_off_the_interval():
     loop = Loop(prunus.GraNet(sparsity=0.9, initial=0.5, every=4, ramp_end=7)).run(7)
     assert loop.handle.masks.kept == keep_count(390, 0.9)
+
+
+@dataclass(frozen=True)
+class RampOnly(prunus.GraNet):
+    """GraNet without its exchange."""
+
+    def exchange(self, s, masks):
+        return masks
+
+
+def test_granet_ranks_kept_weights_that_are_zero_above_pruned_ones():
+    loop = Loop(RampOnly(sparsity=0.8, initial=0.5, every=2, ramp_end=6))
+    before = loop.handle.masks
+    with torch.no_grad():
+        for parameter in loop.weights().values():
+            parameter.zero_()  # as freshly grown ones are
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.0
+    loop.run(6)
+    assert loop.handle.masks <= before
+    assert loop.handle.masks.kept == keep_count(390, 0.8)
 
 
 # -- soft shrinkage -----------------------------------------------------------------------------------------------

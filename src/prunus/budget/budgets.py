@@ -87,7 +87,11 @@ class Budget:
     def choose(self, problem: Problem) -> dict[str, Tensor]:
         """Return the bool element mask of every tensor."""
         if isinstance(problem.unit, NM):
-            return {n: problem.unit.choose(problem.scores[n], a) for n, a in problem.addresses.items()}
+            # A group with fewer than N weights left keeps those; the pattern does not bring pruned ones back.
+            scores = problem.scores
+            return {
+                n: problem.unit.choose(scores[n], a) & (scores[n] > -math.inf) for n, a in problem.addresses.items()
+            }
         counts = self.counts(problem)
         if isinstance(problem.unit, Weight):
             return {n: keep_best(problem.scores[n], counts[n]) for n in problem.addresses}
@@ -358,6 +362,8 @@ class Family(Budget):
 
     def choose(self, problem: Problem) -> dict[str, Tensor]:
         """Return the masks of all families."""
+        if isinstance(problem.unit, NM):
+            return super().choose(problem)
         masks: dict[str, Tensor] = {}
         groups = self._groups(problem)
         for names, keep in zip(groups.values(), self._shares(problem, groups), strict=True):
