@@ -54,11 +54,12 @@ class Rule(Protocol):
         ...
 
 
-def shown(value: Interval, unit: str) -> str:
-    """Return "95.4 ± 0.5": shares as percent, other numbers with three digits, counts with one."""
+def shown(value: Interval, unit: str, *, fine: bool = False) -> str:
+    """Return "95.4 ± 0.5": shares as percent, other numbers with three digits, counts with one; one more if `fine`."""
     if unit not in UNITS:
         raise InvalidValue(f"unit {unit!r} is none of {', '.join(UNITS)}.")
-    return format_interval(value, percent=unit == "percent", digits={"percent": 1, "number": 3, "count": 1}[unit])
+    digits = {"percent": 1, "number": 3, "count": 1}[unit] + fine
+    return format_interval(value, percent=unit == "percent", digits=digits)
 
 
 def amount(value: float, unit: str) -> str:
@@ -95,7 +96,7 @@ class Above:
     def judge(self, values: Values, unit: str) -> Judgement:
         """Decide by the interval of the paired difference."""
         found = paired_difference(values[self.high], values[self.low])
-        return Judgement(_between(found, self.by, math.inf), f"difference {shown(found, unit)}")
+        return Judgement(_between(found, self.by, math.inf), f"difference {shown(found, unit, fine=True)}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class NotBelow:
     def judge(self, values: Values, unit: str) -> Judgement:
         """Decide by the interval of the paired difference."""
         found = paired_difference(values[self.arm], values[self.than])
-        return Judgement(_between(found, -self.margin, math.inf), f"difference {shown(found, unit)}")
+        return Judgement(_between(found, -self.margin, math.inf), f"difference {shown(found, unit, fine=True)}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Alike:
     def judge(self, values: Values, unit: str) -> Judgement:
         """Decide by the interval of the paired difference."""
         found = paired_difference(values[self.first], values[self.second])
-        return Judgement(_between(found, -self.within, self.within), f"difference {shown(found, unit)}")
+        return Judgement(_between(found, -self.within, self.within), f"difference {shown(found, unit, fine=True)}")
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def run(
     # The longest first, so that no process is left alone with one of them at the end.
     tasks.sort(key=lambda t: (-wanted[t.experiment].cost, t.experiment, t.seed))
     progress = _Progress(wanted, len(tasks), sum(wanted[t.experiment].cost for t in tasks), jobs, say)
+    progress.begin()
     measured: dict[str, dict[int, dict[str, float]]] = {name: {} for name in wanted}
     problems: dict[str, str] = {}
     for result in _results(tasks, jobs, cache):
@@ -198,7 +199,14 @@ class _Progress:
         self.cost = 0.0
         self.seconds = 0.0
 
+    def begin(self) -> None:
+        """Say what is ahead."""
+        if self.count:
+            about = _spoken(self.left / self.jobs)
+            self.say(f"{self.count} tasks, {self.jobs} at a time, about {about} on idle cores if none is done yet")
+
     def tell(self, result: Result) -> None:
+        """Say what is done, and about how long the rest will take."""
         cost = self.experiments[result.task.experiment].cost
         self.done += 1
         self.left -= cost

@@ -30,7 +30,7 @@ def markdown(findings: Sequence[Finding], provenance: Mapping[str, Any]) -> str:
     counts = Counter(f.verdict for f in findings if not f.claim.control)
     summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
     lines = [_INTRODUCTION, f"{len(findings)} claims: {summary}{_controls(findings)}.", ""]
-    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in provenance.items()]
+    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in provenance.items() if name != "source_sha256"]
     lines += [
         "",
         "| claim | expected | measured (mean ± 95% interval over n seeds) | verdict | command |",

@@ -135,7 +135,7 @@ def test_what_is_printed() -> None:
     assert Inside("a", -math.inf, -0.05).expected("number") == "a < -0.05"
     assert Ordered(("a", "b", "c")).expected("percent") == "a > b > c"
     judgement = Ordered(("high", "middle", "low")).judge(ARMS, "percent")
-    assert re.fullmatch(r"differences \d+\.\d ± \d+\.\d, \d+\.\d ± \d+\.\d", judgement.evidence)
+    assert re.fullmatch(r"differences \d+\.\d\d ± \d+\.\d\d, \d+\.\d\d ± \d+\.\d\d", judgement.evidence)
 
 
 # -- claims -----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_false_claim_is_reported_as_failing() -> None:
     finding = judge(claim("false", made, Above("bad", "good")), measured)
     assert finding.verdict == FAILS
     assert finding.seeds == (1, 2, 3, 4, 5)
-    assert finding.measured.startswith("bad 50.2 ± 0.3; good 90.4 ± 0.3; difference -40.1 ± 0.5")
+    assert finding.measured.startswith("bad 50.2 ± 0.3; good 90.4 ± 0.3; difference -40.12 ± 0.53")
     assert finding.measured.endswith("(n = 5)")
 
 

@@ -656,3 +656,12 @@ def test_gradient_scores_do_not_depend_on_how_the_optimizer_uses_its_buffers() -
         return held.masks
 
     assert masks(True) == masks(False)
+
+
+@pytest.mark.parametrize("method", [prunus.RigL(0.9), prunus.SET(0.9, every=2), prunus.Static(0.9)])
+def test_masks_of_another_sparsity_are_refused(method):
+    model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Linear(20, 3))
+    masks = choose(model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InvalidValue, match=r"0\.5"):
+        prunus.sparsify(model, optimizer, method, steps=200, masks=masks)

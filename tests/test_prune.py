@@ -420,3 +420,11 @@ def test_packing_refuses_what_it_could_not_read_back():
 def test_packing_refuses_masks_of_another_model():
     with pytest.raises(MaskMismatch):
         pack(mlp(), Masks({"9.weight": torch.ones(2, 2, dtype=torch.bool)}))
+
+
+def test_a_tuple_of_inputs_and_labels_is_one_batch() -> None:
+    model = mlp()
+    x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
+    one = prunus.prune(model, 0.5, score="snip", data=(x, y), measure=False)
+    listed = prunus.prune(model, 0.5, score="snip", data=[(x, y)], measure=False)
+    assert one.masks == listed.masks

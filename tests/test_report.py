@@ -383,9 +383,10 @@ def test_json_report_reads_back_with_null_for_nan(tmp_path: Path) -> None:
     assert report["summary"][1]["accuracy"]["mean"] == pytest.approx(0.965)
     assert report["summary"][0]["loss"] is None
     assert len(report["findings"]) == 3
-    assert write(tmp_path, {k: report[k] for k in data})["json"].read_text() == json.dumps(
-        report, sort_keys=True, indent=2, ensure_ascii=False
-    ) + "\n"
+    assert (
+        write(tmp_path, {k: report[k] for k in data})["json"].read_text()
+        == json.dumps(report, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def test_markdown_report_fences_what_it_quotes() -> None:

@@ -100,9 +100,7 @@ def test_cut_at_every_step(tmp_path):
 
         checkpoint = None if folder is None else Checkpoints(folder, every_steps=3)
         choices = replace(TRAINING, epochs=4)
-        fitted = fit(
-            model, splits(), choices, method=RIGL, until=20, seed=7, checkpoint=checkpoint, should_stop=crash
-        )
+        fitted = fit(model, splits(), choices, method=RIGL, until=20, seed=7, checkpoint=checkpoint, should_stop=crash)
         assert fitted.masks is not None
         rest = [fitted.masks.digest(), digest(fitted.optimizer[0]), fitted.optimizer[1], fitted.history, fitted.metrics]
         return digest(model.state_dict()), *rest

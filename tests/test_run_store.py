@@ -117,8 +117,11 @@ def test_every_flipped_bit_of_a_stage_is_noticed(tmp_path):
         finish(store, "zero", {}, [{"step": 0}])
         finish(store, "one", {"x": 1}, [{"step": 1}])
         begin = len(b'{"step": 0}\n')
-        for path, start in ((tmp_path / "stages/one/a.bin", 0), (tmp_path / "stages/one/manifest.json", 0), (
-            tmp_path / "metrics.jsonl", begin)):
+        for path, start in (
+            (tmp_path / "stages/one/a.bin", 0),
+            (tmp_path / "stages/one/manifest.json", 0),
+            (tmp_path / "metrics.jsonl", begin),
+        ):
             sound = path.read_bytes()
             for position in range(start, len(sound)):
                 damaged = bytearray(sound)

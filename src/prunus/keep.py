@@ -123,12 +123,16 @@ def _target(addresses: Prunable, what: Unit, sparsity: float | None, keep: int |
 def read_data(data: Any, batches: int | None, example: Any, device: torch.device) -> list[Batch]:
     """Return `data` as at most `batches` batches, or `example` alone, or nothing.
 
+    A tuple of tensors of one length, such as (x, y), is one batch and not two.
+
     Raises:
         InvalidValue: data is given but empty.
     """
     if data is None:
         return [read_batch(example, device)] if example is not None else []
     read: list[Batch] = []
+    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(t, Tensor) and t.ndim > 0 for t in data):
+        data = [data] if len({len(t) for t in data}) == 1 else data
     for batch in data:
         if batches is not None and len(read) >= batches:
             break

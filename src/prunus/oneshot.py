@@ -179,7 +179,7 @@ def prune(
         unit: "weight", "2:4" (keep 2 of 4 inputs), "row", "block-4x1".
         score: see `prunus ls scores`.
         budget: see `prunus ls budgets`; default "global" ("row-wise" for Wanda).
-        data: batches (inputs, labels) for scores that need them; iterated once.
+        data: batches (inputs, labels) for scores that need them, iterated once; or one batch as a tuple (x, y).
         batches: use at most this many batches.
         example: one input (tensor with batch axis, or tuple) for shapes, MACs and latency; default: from `data`.
         loss: function of (output, target) giving a scalar; default cross-entropy of logits.

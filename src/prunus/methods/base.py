@@ -114,6 +114,23 @@ def check_pattern(unit_choice: str, sparsity: float) -> None:
         )
 
 
+MASK_TOLERANCE = 0.005
+
+
+def starting_masks(s: Sparsifier, sparsity: float) -> Masks | None:
+    """Return the given masks, or None; for methods that keep the number of weights they start with.
+
+    Raises:
+        InvalidValue: the masks have another sparsity than the method was made with (beyond what rounding explains).
+    """
+    if s.given is not None and abs(s.given.sparsity - sparsity) > MASK_TOLERANCE:
+        raise InvalidValue(
+            f"the given masks have sparsity {s.given.sparsity:.4g}, but the method was made with {sparsity:g} and "
+            "keeps the number of weights it starts with; make it with the sparsity of the masks."
+        )
+    return s.given
+
+
 def given_masks(s: Sparsifier, sparsity: float) -> Masks | None:
     """Return the masks handed to `sparsify`, if any, checked to leave enough for `sparsity`.
 

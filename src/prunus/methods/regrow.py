@@ -12,7 +12,7 @@ from prunus.budget.allocate import check_fraction
 from prunus.budget.select import keep_best
 from prunus.errors import InvalidValue, ScheduleTooShort
 from prunus.masks import Masks
-from prunus.methods.base import BudgetChoice, Method, random_masks
+from prunus.methods.base import BudgetChoice, Method, random_masks, starting_masks
 from prunus.schedule import CURVES, Duration, interval_of, progress, steps_of
 from prunus.sparsifier import Sparsifier
 
@@ -89,7 +89,8 @@ class Regrow(Method):
 
     def start(self, s: Sparsifier) -> Masks:
         """Return the given masks, or random ones at the layer densities of `budget`."""
-        return s.given if s.given is not None else random_masks(s, self.sparsity, self.budget)
+        given = starting_masks(s, self.sparsity)
+        return given if given is not None else random_masks(s, self.sparsity, self.budget)
 
     def exchange_due(self, s: Sparsifier, step: int) -> bool:
         """Tell whether weights are exchanged after `step` steps; never after the last, when none could be trained."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prunus.masks import Masks
-from prunus.methods.base import BudgetChoice, Method, check_pattern, select
+from prunus.methods.base import BudgetChoice, Method, check_pattern, select, starting_masks
 from prunus.sparsifier import Sparsifier
 
 
@@ -36,6 +36,7 @@ class Static(Method):
 
     def start(self, s: Sparsifier) -> Masks:
         """Return the mask for the whole training (the given one, when masks were handed over)."""
-        if s.given is not None:
-            return s.given
+        given = starting_masks(s, self.sparsity)
+        if given is not None:
+            return given
         return select(s, self.sparsity, score=self.score, budget_choice=self.budget, unit_choice=self.unit)
