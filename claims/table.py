@@ -28,8 +28,8 @@ false; a table in which it held would be worthless.
 def markdown(findings: Sequence[Finding], provenance: Mapping[str, Any]) -> str:
     """Return the page: how to read it, where it comes from, the table, the experiments."""
     counts = Counter(f.verdict for f in findings if not f.claim.control)
-    summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
-    lines = [_INTRODUCTION, f"{len(findings)} claims: {summary}{_controls(findings)}.", ""]
+    summary = ", ".join(f"{v} {counts[v]}" for v in VERDICTS if counts[v])
+    lines = [_INTRODUCTION, f"Of {sum(counts.values())} claims: {summary}{_controls(findings)}.", ""]
     lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in provenance.items() if name != "source_sha256"]
     lines += [
         "",
@@ -68,7 +68,7 @@ def text(findings: Sequence[Finding]) -> str:
     for finding in findings:
         lines += [f"{finding.verdict:<{width}}  {finding.claim.name}", f"{'':<{width}}  {finding.measured}"]
     counts = Counter(f.verdict for f in findings)
-    lines.append(", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]))
+    lines.append(", ".join(f"{v} {counts[v]}" for v in VERDICTS if counts[v]))
     return "\n".join(lines)
 
 
