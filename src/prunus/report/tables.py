@@ -133,8 +133,13 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
     shown, cells = grid(rows)
     table = Table(title=None if title is None else Text(title))
+    longest = max((len(row.method) for row in rows), default=0)
     for column in shown:
-        table.add_column(column.heading, justify="right" if column.numeric else "left", no_wrap=column.numeric)
+        if column.numeric:
+            # Headings on two lines leave the width to the numbers and to the names of methods.
+            table.add_column(column.heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        else:
+            table.add_column(column.heading, min_width=min(longest, 24))
     previous = ""
     for row, line in zip(rows, cells):
         if previous not in ("", row.method):
