@@ -323,8 +323,8 @@ class Family(Budget):
 
     Attributes:
         sparsities: shell pattern of parameter names -> sparsity; the first pattern that fits decides; tensors that
-            none fits stay dense. Empty: families are the last words of module paths ("q_proj", "fc1",
-            "input-hidden"...), all at the common density.
+            none fits stay dense. Named sparsities stand in for the common one. Empty: families are the last words of
+            module paths ("q_proj", "fc1", "input-hidden"...), all at the common density.
         within: the budget inside a family (or its name).
     """
 
