@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from prunus.budget.allocate import check_fraction
 from prunus.budget.budgets import Problem, budget, decide
@@ -160,8 +159,3 @@ def check_no_holes(s: Sparsifier) -> None:
 def random_masks(s: Sparsifier, sparsity: float, budget_choice: BudgetChoice) -> Masks:
     """Return masks at random positions with exact counts divided by `budget_choice`."""
     return select(s, sparsity, score="random", budget_choice=budget_choice)
-
-
-def zeros_like_weights(s: Sparsifier) -> dict[str, Tensor]:
-    """Return one float32 zero tensor per prunable parameter."""
-    return {n: torch.zeros_like(p, dtype=torch.float32) for n, p in s.parameters.items()}
