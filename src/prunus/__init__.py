@@ -18,6 +18,8 @@ _PUBLIC = {
     "sparsify": "prunus.sparsifier",
     "Sparsifier": "prunus.sparsifier",
     "Schedule": "prunus.schedule",
+    "Plan": "prunus.graph.plan",
+    "SmallModel": "prunus.structured.prune",
     "Weight": "prunus.units",
     "NM": "prunus.units",
     "Block": "prunus.units",

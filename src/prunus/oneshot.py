@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +17,14 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
 from prunus.budget.budgets import Budget
-from prunus.errors import DamagedFile, MaskMismatch, Unsupported
+from prunus.errors import DamagedFile, InvalidValue, MaskMismatch, Unsupported, unknown
 from prunus.evidence import Loss
 from prunus.files import sha256_bytes, write_atomic
 from prunus.keep import choose, read_data
 from prunus.masks import Masks
 from prunus.measure.pruning_report import PruningReport, compare
 from prunus.parameters import copied, parameters_of, prunable, unwrap
-from prunus.units import Unit
+from prunus.units import Structural, Unit
 from prunus.units import unit as unit_of
 
 _FORMAT = "prunus-model-1"
@@ -117,8 +119,19 @@ def read_packed(path: Path | str) -> tuple[dict[str, Tensor], Masks]:
     return state, masks
 
 
+def _is_small(path: Path | str) -> bool:
+    from prunus.structured.saved import FORMAT, header_of
+
+    try:
+        return bool(header_of(Path(path).read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return False  # the reader of masked models says what is wrong with it
+
+
 def load(path: Path | str, model: Model, *, with_masks: bool = False) -> Any:
-    """Put a file written by `Pruned.save` into `model`, a fresh instance of the same class.
+    """Put a file written by `Pruned.save` or `SmallModel.save` into `model`, a fresh instance of the same class.
+
+    A file of a smaller model cuts the instance by the plan it holds before filling it.
 
     Args:
         path: the file.
@@ -129,8 +142,13 @@ def load(path: Path | str, model: Model, *, with_masks: bool = False) -> Any:
         DamagedFile: the file is missing, truncated, or differs from what was written in any bit.
         MaskMismatch: the file belongs to another architecture.
     """
-    state, masks = read_packed(path)
     source = str(path)
+    if _is_small(path):
+        from prunus.structured.saved import rebuild
+
+        rebuild(source, Path(path).read_bytes(), model)
+        return (model, Masks({})) if with_masks else model
+    state, masks = read_packed(path)
     bare = unwrap(model)
     theirs = {n: tuple(t.shape) for n, t in bare.state_dict().items()}
     mine = {n: tuple(t.shape) for n, t in state.items()}
@@ -166,17 +184,20 @@ def prune(
     on_round: Callable[[int, int], None] | None = None,
     inplace: bool = False,
     measure: bool = True,
-) -> Pruned:
-    """Prune a model now: score every weight, keep the best, zero the rest.
+    **structural: Any,
+) -> Any:
+    """Prune a model now: score every unit, keep the best, zero the rest or remove it for real.
 
     `prune(model, 0.9)` keeps the 10 % largest magnitudes of the whole net. The count is exact; equal scores keep
-    the earlier position; what was pruned before (`masks`) stays pruned.
+    the earlier position; what was pruned before (`masks`) stays pruned. `prune(model, macs=0.5, unit="channel",
+    example=x)` removes channels until half the arithmetic is left and returns a really smaller model.
 
     Args:
         model: any module; untouched unless `inplace`.
         sparsity: share of zeros among prunable weights, in [0, 1). Leave out with `keep` or an N:M unit.
         keep: how many weights to keep instead of a share.
-        unit: "weight", "2:4" (keep 2 of 4 inputs), "row", "block-4x1".
+        unit: "weight", "2:4" (keep 2 of 4 inputs), "row", "block-4x1": zeros in place. "channel", "head", "layer",
+            "expert": removed, with everything coupled to them; needs `example`.
         score: see `prunus ls scores`.
         budget: see `prunus ls budgets`; default "global" ("row-wise" for Wanda).
         data: batches (inputs, labels) for scores that need them, iterated once; or one batch as a tuple (x, y).
@@ -191,15 +212,51 @@ def prune(
         on_round: called as (round, rounds) after each scoring round, to show progress.
         inplace: prune `model` itself instead of a copy.
         measure: fill MACs and measured latency in the report (needs an example).
+        structural: for units that are removed: macs, params, bytes, latency_ms (targets instead of `sparsity`), scope,
+            pool, normalise, minimum, round_to, protect, exact, compensate, verify; see
+            `prunus.structured.prune.prune_structured`. The options keep, budget, rounds, masks, include, exclude and
+            on_round belong to units that are zeroed.
 
     Returns:
-        `Pruned` with `.model`, `.masks`, `.report`, `.save(path)`.
+        `Pruned` with `.model`, `.masks`, `.report`, `.save(path)`; for units that are removed a
+        `prunus.structured.prune.SmallModel` with `.model`, `.plan`, `.report`, `.save(path)`.
 
     Raises:
         InvalidValue: sparsity outside [0, 1) or given as text, contradictory options, or missing data.
         NothingPrunable, NonFinite, UnknownName, Infeasible: as their names say.
     """
     what = unit_of(unit)
+    zeroing = {
+        "keep": keep, "budget": budget, "rounds": rounds, "masks": masks, "on_round": on_round,
+        "include": include or None, "exclude": exclude or None,
+    }  # fmt: skip
+    if isinstance(what, Structural):
+        unwanted = [n for n, v in zeroing.items() if v is not None]
+        if unwanted:
+            raise InvalidValue(
+                f"{unwanted[0]} belongs to units that are zeroed; unit {what} has macs, params, scope, "
+                "minimum, round_to, protect... instead."
+            )
+        from prunus.structured.prune import prune_structured
+
+        known = set(inspect.signature(prune_structured).parameters)
+        for name in structural:
+            if name not in known:
+                raise unknown("option", name, known)
+        if data is not None and batches is not None:
+            data = itertools.islice(data, batches)
+        if example is None and data is not None:
+            data = read_data(data, None, None, next(model.parameters()).device)
+            example = data[0]
+        return prune_structured(
+            model, sparsity, unit=what.kind, score=score, data=data, example=example, loss=loss, seed=seed,
+            train_mode=train_mode, inplace=inplace, measure=measure, **structural,
+        )  # fmt: skip
+    if structural:
+        raise InvalidValue(
+            f"{next(iter(structural))} belongs to units that are removed; unit {what} is zeroed. Ask "
+            'for unit="channel" (or "head", "layer"), or leave the option out.'
+        )
     addresses = prunable(model, include=include, exclude=exclude)
     device = next(iter(parameters_of(model, addresses).values())).device
     read = read_data(data, batches, example, device)

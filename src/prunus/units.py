@@ -177,6 +177,24 @@ class NM(Unit):
         return f"{self.n}:{self.m}"
 
 
+@dataclass(frozen=True)
+class Structural(Unit):
+    """Units that are removed for real and take coupled slices of other tensors with them.
+
+    Which slices belong together is read from the network (`prunus.graph`), so these pool and spread over families of
+    coupled slices, not over single tensors.
+
+    Attributes:
+        kind: "channel" (channels, features, heads: whatever axis can be cut), "head" (attention heads alone),
+            "layer" (residual blocks) or "expert" (of a mixture of experts).
+    """
+
+    kind: str = "channel"
+
+    def __str__(self) -> str:
+        return self.kind
+
+
 def _best(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` largest along the last axis; a stable sort breaks ties by position."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
@@ -185,7 +203,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def unit(spec: Unit | str) -> Unit:
-    """Return the unit that `spec` names: "weight", "row", "2:4", "block-4x1" or "4x1".
+    """Return the unit that `spec` names: "weight", "row", "2:4", "block-4x1" or "4x1", "channel", "head", "layer"...
 
     Raises:
         UnknownName: no unit is spelled like that.
@@ -199,6 +217,7 @@ def unit(spec: Unit | str) -> Unit:
     if match := re.fullmatch(r"(?:block-?)?(\d+)x(\d+)", text):
         return Block(int(match[1]), int(match[2]))
     simple: dict[str, Unit] = {"weight": Weight(), "row": Row()}
+    simple |= {kind: Structural(kind) for kind in ("channel", "head", "layer", "expert")}
     if text in simple:
         return simple[text]
     raise unknown("unit", spec, [*simple, "2:4", "block-4x1"])

@@ -104,7 +104,7 @@ def _collapsed(masks: Masks) -> tuple[str, ...]:
     )
 
 
-def _repeats(model: nn.Module, example: Any) -> int:
+def repeats_within(model: nn.Module, example: Any) -> int:
     """Return how many interleaved rounds fit the time that a report may take."""
     with evaluating(model):
         call(model, example)
@@ -161,7 +161,7 @@ def compare(
         densities = {row.name: row.density for row in masks.table() if row.name in costs}
         macs, after = sum(c.macs for c in costs.values()), effective_macs(costs, densities)
         candidates = {"dense": dense, "pruned": pruned} if dense is not None else {"pruned": pruned}
-        times = latency(candidates, example, repeats=_repeats(pruned, example), warmup=2)  # type: ignore[arg-type]
+        times = latency(candidates, example, repeats=repeats_within(pruned, example), warmup=2)  # type: ignore[arg-type]
         millis = times["pruned"].median * 1e3
         if dense is not None:
             dense_millis, ratio = times["dense"].median * 1e3, times["pruned"].ratio

@@ -1,0 +1,1 @@
+"""Which axes of which tensors belong together, and how to remove them: trace, rules, groups, plans."""

@@ -1,0 +1,298 @@
+"""Coupled axes as objects: families of units that compete, and what removing one unit takes with it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.errors import InvalidValue, MaskMismatch, unknown
+from prunus.graph.coupler import Coupler
+from prunus.graph.elements import Ids, Solution
+from prunus.graph.ir import Graph, Value
+
+Keep = Mapping[str, Any]
+_RULE_FILES = ("rules_shape", "rules_math", "rules_product")
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The part of one axis of one tensor that belongs to a family.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        axis: which of its axes.
+        index: positions on that axis, int64 (units of the family, positions per unit).
+        role: what the axis is to its operator: "output", "input", "bias", "affine" (norms) or "other".
+        shape: shape of the tensor.
+    """
+
+    tensor: str
+    axis: int
+    index: NDArray[np.int64]
+    role: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Units of one shape that compete: the channels of a layer, of a residual stream, the heads of an attention.
+
+    Attributes:
+        name: its first slot as "tensor:axis".
+        kind: "channel" or "head" (positions over which activations are multiplied separately).
+        size: number of units.
+        slots: what each unit occupies.
+    """
+
+    name: str
+    kind: str
+    size: int
+    slots: tuple[Slot, ...]
+    leaves: NDArray[np.int64] = field(repr=False)
+
+    def describe(self, unit: int = 0) -> str:
+        """Say what removing one unit takes with it."""
+        first, *rest = self.slots
+        parts = [f"removing {self.kind} {unit} of {self.name} takes with it"]
+        for slot in (first, *rest):
+            places = slot.index[unit]
+            spelled = ", ".join(map(str, places[:4])) + (f", ... ({len(places)} positions)" if len(places) > 4 else "")
+            parts.append(f"  {slot.tensor} axis {slot.axis} ({slot.role}): {spelled}")
+        return "\n".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.size} {self.kind}s over {len(self.slots)} slots"
+
+
+class Coupling:
+    """Everything `couple` found out about a graph.
+
+    Attributes:
+        graph: the graph.
+        families: every set of units that may be removed, in order of first appearance.
+        unprunable: "tensor:axis" -> why it is not cut, for axes of weights.
+    """
+
+    def __init__(self, coupler: Coupler, solution: Solution) -> None:
+        self.graph: Graph = coupler.graph
+        self._axes = coupler.axes
+        self._costs = coupler.costs
+        self._solution = solution
+        self.without_rule = dict(coupler.without_rule)
+        self.roles = dict(coupler.role)
+        self._leaf_cache: dict[int, tuple[Ids, Ids]] = {}
+        self._family_of_leaf: dict[int, str] | None = None
+        self.families, self.unprunable = self._gather(coupler)
+        self._by_name = {f.name: f for f in self.families}
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in self._by_name:
+            raise unknown("family", name, self._by_name)
+        return self._by_name[name]
+
+    def __str__(self) -> str:
+        lines = [f.describe() for f in self.families]
+        lines += [f"{name} stays: {reason}" for name, reason in self.unprunable.items()]
+        return "\n".join(lines)
+
+    def _gather(self, coupler: Coupler) -> tuple[tuple[Family, ...], dict[str, str]]:
+        places: list[tuple[Value, int]] = []
+        slot_of, position_of, leaf_of = [], [], []
+        unprunable: dict[str, str] = {}
+        for value in self.graph.values:
+            if not value.stored or value.index not in coupler.axes:
+                continue
+            for axis, ids in enumerate(coupler.axes[value.index]):
+                if ids is None:
+                    continue
+                position, leaf = self._leaves(ids)
+                free = self._solution.reason[leaf] < 0
+                if not free.any():
+                    role = coupler.role.get((value.name, axis))
+                    if role in ("output", "input"):
+                        number = int(self._solution.reason[leaf[0]])
+                        unprunable[f"{value.name}:{axis}"] = self._solution.reasons[number]
+                    continue
+                slot_of.append(np.full(int(free.sum()), len(places), np.int64))
+                position_of.append(position[free])
+                leaf_of.append(leaf[free])
+                places.append((value, axis))
+        if not places:
+            return (), unprunable
+        slot, position, leaf = (np.concatenate(a) for a in (slot_of, position_of, leaf_of))
+        longest = int(position.max()) + 1
+        _, first = np.unique((leaf * len(places) + slot) * longest + position, return_index=True)
+        slot, position, leaf = slot[first], position[first], leaf[first]  # sorted by leaf, slot, position
+        # Units with the same slots, each the same number of times, are siblings.
+        weight = np.random.default_rng(0).integers(1, 1 << 62, len(places), dtype=np.uint64)
+        leaves, start = np.unique(leaf, return_index=True)
+        signature = np.add.reduceat(weight[slot], start)
+        _, first_leaf, family_of = np.unique(signature, return_index=True, return_inverse=True)
+        order = np.argsort(np.argsort(first_leaf))
+        family_of = order[family_of]
+        family_of_entry = np.repeat(family_of, np.diff(np.append(start, len(leaf))))
+        families: list[Family] = []
+        used: dict[str, int] = {}
+        for number in range(len(first_leaf)):
+            mine = family_of_entry == number
+            members = leaves[family_of == number]
+            slots = []
+            for which in np.unique(slot[mine]):
+                value, axis = places[which]
+                index = position[mine & (slot == which)].reshape(len(members), -1)
+                role = coupler.role.get((value.name, axis), "other")
+                slots.append(Slot(value.name, axis, index, role, value.shape))
+            outputs = [s for s in slots if s.role == "output"] or slots
+            name = f"{outputs[0].tensor}:{outputs[0].axis}"
+            used[name] = used.get(name, 0) + 1
+            name = name if used[name] == 1 else f"{name}#{used[name]}"
+            kind = "head" if self._solution.heads[members].any() else "channel"
+            families.append(Family(name, kind, len(members), tuple(slots), members))
+        return tuple(families), unprunable
+
+    def _leaves(self, ids: Ids) -> tuple[Ids, Ids]:
+        found = self._leaf_cache.get(id(ids))
+        if found is None:
+            found = self._leaf_cache[id(ids)] = self._solution.leaves(ids)
+        return found
+
+    @cached_property
+    def conflicts(self) -> dict[str, frozenset[str]]:
+        """Families that cut the same axis as factors of one product (heads and features of a head)."""
+        cutting: dict[tuple[str, int], list[Family]] = {}
+        for family in self.families:
+            for slot in family.slots:
+                cutting.setdefault((slot.tensor, slot.axis), []).append(family)
+        result: dict[str, set[str]] = {f.name: set() for f in self.families}
+        for (tensor, axis), rivals in cutting.items():
+            if len(rivals) < 2:
+                continue
+            covered = {
+                f.name: np.unique(next(s for s in f.slots if (s.tensor, s.axis) == (tensor, axis)).index)
+                for f in rivals
+            }
+            for i, a in enumerate(rivals):
+                for b in rivals[i + 1 :]:
+                    if b.name not in result[a.name] and len(np.intersect1d(covered[a.name], covered[b.name])):
+                        result[a.name].add(b.name)
+                        result[b.name].add(a.name)
+        return {name: frozenset(others) for name, others in result.items()}
+
+    def primary(self) -> tuple[Family, ...]:
+        """Return the families offered by default: of factors of one axis only one, heads before their features."""
+        wanted = [f for f in self.families if f.size > 1]
+        wanted.sort(key=lambda f: (f.kind != "head", f.size < 8, -len(f.slots), -f.size))
+        taken: set[str] = set()
+        for family in wanted:
+            if not taken & self.conflicts[family.name]:
+                taken.add(family.name)
+        return tuple(f for f in self.families if f.name in taken)
+
+    def removed(self, keep: Keep) -> NDArray[np.bool_]:
+        """Return for every class whether it goes, from {family name: bool array (size,), True = stays}.
+
+        Raises:
+            UnknownName: no family is called so.
+            MaskMismatch: an array has another length.
+            InvalidValue: an array keeps nothing.
+        """
+        gone = np.zeros(len(self._solution.left), dtype=bool)
+        for name, mask in keep.items():
+            family = self[name]
+            array = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
+            if array.shape != (family.size,):
+                raise MaskMismatch(f"family {name!r} has {family.size} units, the mask has shape {array.shape}.")
+            if not array.any():
+                raise InvalidValue(f"the mask of family {name!r} keeps nothing; at least one unit must stay.")
+            gone[family.leaves[~array]] = True
+        return gone
+
+    def families_on(self, values: Sequence[Value]) -> set[str]:
+        """Return the names of the families that cut some axis of these values."""
+        if self._family_of_leaf is None:
+            self._family_of_leaf = {int(leaf): f.name for f in self.families for leaf in f.leaves}
+        found: set[str] = set()
+        for value in values:
+            for ids in self._axes.get(value.index, ()):
+                if ids is not None:
+                    found.update(self._family_of_leaf.get(int(leaf), "") for leaf in np.unique(self._leaves(ids)[1]))
+        return found - {""}
+
+    def kept(self, ids: Ids, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which positions of an axis stay."""
+        position, leaf = self._leaves(ids)
+        stays = np.ones(len(ids), dtype=bool)
+        stays[position[gone[leaf]]] = False
+        return stays
+
+    def indices(self, keep: Keep) -> dict[str, NDArray[np.int64]]:
+        """Return "tensor:axis" -> kept positions, for every axis that loses some."""
+        gone = self.removed(keep)
+        result = {}
+        for value in self.graph.values:
+            if value.stored and value.index in self._axes:
+                for axis, ids in enumerate(self._axes[value.index]):
+                    if ids is not None:
+                        stays = self.kept(ids, gone)
+                        if not stays.all():
+                            result[f"{value.name}:{axis}"] = np.flatnonzero(stays)
+        return result
+
+    def shapes(self, keep: Keep) -> list[tuple[int, ...]]:
+        """Return the shape of every value of the graph after the cut, in graph order."""
+        gone = self.removed(keep)
+        counts: dict[int, int] = {}
+        result = []
+        for value in self.graph.values:
+            axes = self._axes.get(value.index)
+            if axes is None:
+                result.append(value.shape)
+                continue
+            shape = list(value.shape)
+            for axis, ids in enumerate(axes):
+                if ids is not None:
+                    if id(ids) not in counts:
+                        counts[id(ids)] = int(self.kept(ids, gone).sum())
+                    shape[axis] = counts[id(ids)]
+            result.append(tuple(shape))
+        return result
+
+    def macs(self, keep: Keep | None = None) -> int:
+        """Return the multiply-accumulates of the example after the cut (of the whole network without one)."""
+        gone = self.removed(keep or {})
+        counts: dict[int, int] = {}
+        total = 0
+        for constant, axes in self._costs:
+            product = constant
+            for ids in axes:
+                if id(ids) not in counts:
+                    counts[id(ids)] = int(self.kept(ids, gone).sum())
+                product *= counts[id(ids)]
+            total += product
+        return total
+
+    def parameters(self, keep: Keep | None = None) -> int:
+        """Return the number of parameters after the cut, tied ones counted once."""
+        shapes = self.shapes(keep or {})
+        return sum(int(np.prod(shapes[v.index], dtype=np.int64)) for v in self.graph.values if v.kind == "parameter")
+
+
+def couple(graph: Graph, *, exact: bool = True) -> Coupling:
+    """Find out which axes of a graph must be cut together.
+
+    Args:
+        graph: from `prunus.graph.record.record` or the ONNX reader.
+        exact: leave alone every axis over which a layer or group norm takes its statistics, so that removing equals
+            masking. Without it such axes are cut too, and what remains is normalised anew.
+    """
+    for name in _RULE_FILES:
+        importlib.import_module(f"prunus.graph.{name}")
+    coupler = Coupler(graph, statistics_fixed=exact)
+    coupler.run()
+    return Coupling(coupler, coupler.elements.solve())

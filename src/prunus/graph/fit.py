@@ -1,0 +1,342 @@
+"""Make a cut that the user's own forward can run: adjust remembered numbers, try, and roll back what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from prunus.errors import InvalidValue
+from prunus.graph.couple import Coupling, Keep
+from prunus.graph.edit import matching
+from prunus.graph.ir import Graph, Node
+from prunus.graph.plan import Plan
+from prunus.graph.record import Failed, run_once
+from prunus.parameters import copied
+
+EXACT = 1e-4  # relative difference up to which removing counts as equal to masking in float32
+
+_SIZED = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "unflatten",
+    "expand",
+    "repeat",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "split_with_sizes",
+    "split",
+    "slice",
+}
+
+
+# How a size fixed in code is changed: the number that the module remembers, or one remembered by the modules around
+# it; or, where none is, the size itself in the call that spells it out.
+_TACTICS = ("own", "around", "spelled")
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    node: int  # number of the first operator that did not come out as predicted
+    reason: str
+
+
+def fit(coupling: Coupling, keep: Keep) -> Plan:
+    """Return the plan for `keep`, without the families whose removal the module's own code does not survive.
+
+    The cut is tried on a copy without numbers: if its forward runs the same operators with the predicted shapes, the
+    plan stands. Otherwise the numbers that the failing module remembers are adjusted; where that does not help, the
+    families that meet at the failing operator are left whole, and named in `Plan.blocked`.
+    """
+    graph = coupling.graph
+    model = graph.model
+    if model is None:
+        return _draft(coupling, keep, {}, {})
+    keep = {name: _as_bool(mask) for name, mask in keep.items()}
+    coupling.removed(keep)
+    keep = {n: k for n, k in keep.items() if not k.all()}
+    modules = dict(model.named_modules())
+    blocked: dict[str, str] = {}
+    tactics: dict[type, int] = {}  # per class of module, where numbers are looked for; all alike share one
+    while True:
+        wanted = _constants(coupling, keep, modules, tactics)
+        spelled = _spelled_sizes(coupling, keep, modules, tactics)
+        plan = replace(_draft(coupling, keep, wanted, blocked), sizes=spelled)
+        trouble = _try(coupling, plan, keep)
+        if trouble is None:
+            return plan
+        if not keep:
+            raise InvalidValue(f"the model does not repeat its own forward: {trouble.reason}")
+        node = graph.nodes[min(trouble.node, len(graph.nodes) - 1)]
+        failing = type(modules[node.module])
+        # First doubt the numbers that were set for the failing class of modules, then the cut itself.
+        tactic = tactics.get(failing, 0)
+        while tactic + 1 < len(_TACTICS):
+            tactic += 1
+            tactics[failing] = tactic
+            if (
+                _constants(coupling, keep, modules, tactics) != wanted
+                or _spelled_sizes(coupling, keep, modules, tactics) != spelled
+            ):
+                break
+        else:
+            tactics[failing] = 0
+            for name in _blamed(coupling, keep, node):
+                blocked[name] = trouble.reason
+                keep = {n: k for n, k in keep.items() if n != name}
+
+
+def _as_bool(mask: Any) -> NDArray[np.bool_]:
+    return np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
+
+
+def _draft(
+    coupling: Coupling, keep: Keep, attributes: Mapping[str, Mapping[str, int]], blocked: Mapping[str, str]
+) -> Plan:
+    indices = coupling.indices(keep)
+    names = {key.rpartition(":")[0] for key in indices}
+    return Plan(
+        {k: v.tolist() for k, v in indices.items()},
+        {v.name: list(v.shape) for v in coupling.graph.values if v.stored and v.name in names},
+        {p: dict(a) for p, a in attributes.items()},
+        [],
+        {name: np.flatnonzero(_as_bool(mask)).tolist() for name, mask in keep.items()},
+        dict(blocked),
+    )
+
+
+def _constants(
+    coupling: Coupling, keep: Keep, modules: Mapping[str, nn.Module], tactics: Mapping[type, int]
+) -> dict[str, dict[str, int]]:
+    """Return the numbers to set: per module path, where it remembers a size that changes -> the new size."""
+    shapes = coupling.shapes(keep)
+    result: dict[str, dict[str, int]] = {}
+
+    def note(path: str, spelling: str, number: int) -> None:
+        result.setdefault(path, {})[spelling] = number
+
+    for node in coupling.graph.nodes:
+        if node.op in ("convolution", "_convolution"):
+            for path, spelling, number in _convolution_numbers(node, shapes):
+                if hasattr(modules.get(path), spelling):
+                    note(path, spelling, number)
+            continue
+        if node.op == "native_group_norm":
+            x, groups = node.args["input"], int(node.args["group"])
+            new = groups * shapes[x.index][1] // x.shape[1]
+            if new != groups and hasattr(modules[node.module], "num_groups"):
+                note(node.module, "num_groups", new)
+                note(node.module, "num_channels", shapes[x.index][1])
+            continue
+        if node.op not in _SIZED:
+            continue
+        for output in node.outputs:
+            if output is None:
+                continue
+            for old, new in zip(output.shape, shapes[output.index], strict=True):
+                if old != new:
+                    for path in _places(node.module, _TACTICS[tactics.get(type(modules[node.module]), 0)]):
+                        spellings = matching(modules[path], old)
+                        for spelling in spellings:
+                            note(path, spelling, new)
+                        if spellings:
+                            break
+    return result
+
+
+def _convolution_numbers(node: Node, shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, str, int]]:
+    """Yield (module path, attribute, number) of a grouped convolution that loses groups."""
+    groups, weight, x, y = int(node.args.get("groups", 1)), node.args["weight"], node.args["input"], node.outputs[0]
+    assert y is not None
+    if groups == 1 or not weight.stored:
+        return
+    axis = len(x.shape) - len(weight.shape) + 1
+    inputs, outputs = shapes[x.index][axis], shapes[y.index][axis]
+    per_group = shapes[weight.index][1]
+    new = outputs // per_group if node.args.get("transposed") else inputs // per_group
+    if new != groups:
+        path = weight.name.rpartition(".")[0]
+        yield path, "groups", new
+        yield path, "in_channels", inputs
+        yield path, "out_channels", outputs
+
+
+def _spelled_sizes(
+    coupling: Coupling, keep: Keep, modules: Mapping[str, nn.Module], tactics: Mapping[type, int]
+) -> dict[str, dict[str, int]]:
+    """Return the sizes to change in calls: module path -> {"call number.place.axis": new size}."""
+    if not any(tactic == _TACTICS.index("spelled") for tactic in tactics.values()):
+        return {}
+    shapes = coupling.shapes(keep)
+    result: dict[str, dict[str, int]] = {}
+    for call in coupling.graph.calls:
+        if _TACTICS[tactics.get(type(modules[call.module]), 0)] != "spelled":
+            continue
+        for axis, (old, new) in enumerate(zip(call.value.shape, shapes[call.value.index], strict=True)):
+            if old != new:
+                result.setdefault(call.module, {})[f"{call.number}.{call.place}.{axis}"] = new
+    return result
+
+
+def _places(path: str, tactic: str) -> list[str]:
+    """Return the modules whose numbers may be set for an operator run by the module at `path`, nearest first."""
+    if tactic == "spelled":
+        return []
+    places = [path]
+    while tactic == "around" and path and len(places) < 4:
+        path = path.rpartition(".")[0]
+        places.append(path)
+    return places
+
+
+def _try(coupling: Coupling, plan: Plan, keep: Keep) -> _Trouble | None:
+    """Run the cut model on meta tensors (or for real, if only that works) and compare shapes operator by operator."""
+    graph = coupling.graph
+    meta = graph.source == "meta"
+    model = graph.model
+    trial = plan.apply(skeleton(model) if meta else copied(model), inplace=True)
+    predicted = coupling.shapes(keep)
+    try:
+        found, _ = run_once(trial, graph.example, meta=meta)
+    except Failed as error:
+        nodes = error.graph.nodes
+        matched = _first_difference(graph, nodes, predicted, partial=True)
+        assert matched is not None
+        place = _failing(coupling, keep, graph, matched, error.path)
+        return _Trouble(place, f"{graph.nodes[place]} cannot run with the cut size: {error}")
+    matched = _first_difference(graph, found.nodes, predicted)
+    if matched is None or _same_numbers(graph, plan, found):
+        return None
+    return _Trouble(
+        matched, f"{graph.nodes[matched]} gives another size than the cut predicts (a number is fixed in its code)"
+    )
+
+
+def _same_numbers(graph: Graph, plan: Plan, found: Graph) -> bool:
+    """Return whether a cut that ran other operators gives the outputs of the masked model all the same.
+
+    Products with an axis of one position are computed by other operators; the numbers decide then.
+    """
+    if [v.shape for v in found.outputs] != [v.shape for v in graph.outputs]:
+        return False
+    if any(t.is_meta for t in (*graph.model.parameters(), *graph.model.buffers())):
+        return False
+    return plan.verify(graph.model, graph.example) <= EXACT
+
+
+# Whether these run depends on strides, which a cut may simplify.
+_LAYOUT = {
+    "clone",
+    "permute",
+    "transpose",
+    "t",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "contiguous",
+    "expand",
+    "detach",
+    "alias",
+    "_reshape_alias",
+    "unsqueeze",
+    "squeeze",
+    "_to_copy",
+    "as_strided",
+    "copy",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "lift_fresh",
+}
+
+
+def _first_difference(
+    graph: Graph, nodes: list[Node], predicted: list[tuple[int, ...]], *, partial: bool = False
+) -> int | None:
+    """Return the number of the first operator that ran otherwise or gave another shape; None when all agree.
+
+    With `partial`, `nodes` is what ran before a failure, and the number of the operator after it is returned.
+    """
+    used = {v.index for n in graph.nodes for v in n.inputs()} | {v.index for v in graph.outputs}
+    expected = [(i, n) for i, n in enumerate(graph.nodes) if n.op not in _LAYOUT]
+    present = [n for n in nodes if n.op not in _LAYOUT]
+    for (number, wanted), found in zip(expected, present, strict=False):
+        if wanted.op != found.op or len(wanted.outputs) != len(found.outputs):
+            return number
+        for a, b in zip(wanted.outputs, found.outputs, strict=True):
+            if a is not None and a.index in used and (b is None or predicted[a.index] != b.shape):
+                return number
+    if len(present) != len(expected) or partial:
+        return expected[min(len(present), len(expected) - 1)][0]
+    return None
+
+
+def _failing(coupling: Coupling, keep: Keep, graph: Graph, place: int, path: str) -> int:
+    """Return the operator that most likely failed: the first that loses positions since the last that ran well."""
+    first = place
+    while first > 0 and graph.nodes[first - 1].op in _LAYOUT:
+        first -= 1
+    for number in range(first, place + 1):
+        if graph.nodes[number].module == path and _families_at(coupling, keep, graph.nodes[number]):
+            return number
+    return place
+
+
+def _blamed(coupling: Coupling, keep: Keep, node: Node) -> list[str]:
+    """Return the families that meet at the failing operator, there and at the same place of like modules."""
+    graph = coupling.graph
+    number = graph.nodes.index(node)
+    places = [number, *range(number - 1, -1, -1)]
+    for place in places:
+        names = _families_at(coupling, keep, graph.nodes[place])
+        if names:
+            break
+    else:
+        return list(keep)
+    model_class = type(graph.model.get_submodule(node.module))
+    key = _relative(graph, place)
+    for other, candidate in enumerate(graph.nodes):
+        alike = candidate.op == graph.nodes[place].op and other != place and _relative(graph, other) == key
+        if alike and type(graph.model.get_submodule(candidate.module)) is model_class:
+            names |= _families_at(coupling, keep, candidate)
+    return sorted(names)
+
+
+def _relative(graph: Graph, place: int) -> int:
+    """Return how many operators of the same module ran directly before this one."""
+    module, count = graph.nodes[place].module, 0
+    while place - count - 1 >= 0 and graph.nodes[place - count - 1].module == module:
+        count += 1
+    return count
+
+
+def _families_at(coupling: Coupling, keep: Keep, node: Node) -> set[str]:
+    values = [*node.inputs(), *(o for o in node.outputs if o is not None)]
+    return coupling.families_on(values) & set(keep)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of the module structure whose tensors hold no numbers."""
+    import copy
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for value in store.values():
+                if value is not None and id(value) not in memo:
+                    empty = torch.empty_like(value.detach(), device="meta")
+                    is_parameter = isinstance(value, nn.Parameter)
+                    memo[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)

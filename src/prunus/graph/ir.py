@@ -1,0 +1,119 @@
+"""The neutral form of a network: values with shapes, and ATen operators between them, whatever they were read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One tensor of the network.
+
+    Attributes:
+        index: number in the graph, in order of appearance.
+        shape: its shape for the example the graph was read with.
+        kind: "input", "parameter", "buffer", "constant" (made outside the graph, not registered) or "activation".
+        name: name in `named_parameters` / `named_buffers` (of an initialiser in ONNX); "" otherwise.
+        floating: whether its dtype is floating point or complex.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    kind: str = "activation"
+    name: str = ""
+    floating: bool = True
+
+    @property
+    def stored(self) -> bool:
+        """Whether the model stores it, so that a plan can slice it."""
+        return self.kind in ("parameter", "buffer")
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One operator call.
+
+    Attributes:
+        op: ATen name without overload, e.g. "convolution"; operators of other libraries keep "library.name".
+        args: arguments by the names of the ATen schema; tensors are `Value`s, lists may hold them.
+        outputs: the tensors it returned, in order (None for missing ones).
+        module: path of the innermost module that was running.
+        inplace: whether it wrote into its first argument.
+    """
+
+    op: str
+    args: dict[str, Any]
+    outputs: tuple[Value | None, ...]
+    module: str = ""
+    inplace: bool = False
+
+    def inputs(self) -> Iterator[Value]:
+        """Yield every tensor argument, lists flattened."""
+        for argument in self.args.values():
+            yield from values_in(argument)
+
+    def __str__(self) -> str:
+        return f"{self.op} in {self.module or 'the model itself'}"
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A Python call that spells sizes out (`x.view(2, 3)`), by which a size fixed in code can be found again.
+
+    Attributes:
+        module: path of the innermost module that was running.
+        number: how many such calls the module had made in this forward, itself included.
+        place: which of the tensors it returned.
+        value: that tensor.
+    """
+
+    module: str
+    number: int
+    place: int
+    value: Value
+
+
+@dataclass(eq=False)
+class Graph:
+    """Values and operators in the order of execution.
+
+    Attributes:
+        values: every tensor.
+        nodes: every operator call.
+        outputs: tensors the model returned; their shapes must not change.
+        source: "meta", "real" or "onnx": how it was read.
+        notes: what the reader of a report should know, such as control flow that depends on data.
+        calls: Python calls that spell sizes out.
+        model, example: what it was read from, where that was a module.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    source: str = "meta"
+    notes: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    model: Any = None
+    example: Any = None
+
+    def value(self, shape: tuple[int, ...], kind: str = "activation", name: str = "", floating: bool = True) -> Value:
+        """Add a tensor."""
+        made = Value(len(self.values), tuple(int(s) for s in shape), kind, name, floating)
+        self.values.append(made)
+        return made
+
+    @property
+    def stored(self) -> Mapping[str, Value]:
+        """Parameters and buffers the network used, by name."""
+        return {v.name: v for v in self.values if v.stored}
+
+
+def values_in(argument: Any) -> Iterator[Value]:
+    """Yield the values inside an argument: itself, or the members of a list or tuple."""
+    if isinstance(argument, Value):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for item in argument:
+            yield from values_in(item)

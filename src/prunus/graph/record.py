@@ -1,0 +1,318 @@
+"""Read a module's graph by running its own forward and writing down every ATen operator it dispatches.
+
+Parameters are swapped for tensors on the meta device while the forward runs, so nothing is computed and nothing is
+allocated; frozen models, models on the meta device and models on an accelerator are read alike. A forward that needs
+real numbers (it branches on values, or mixes in tensors the model does not register) is run once for real instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from prunus.errors import InvalidValue, Unsupported
+from prunus.graph.attention import headwise
+from prunus.graph.ir import Call, Graph, Node, Value
+from prunus.graph.sizes import sizes_itself
+from prunus.parameters import unwrap
+
+_QUIET = {"device", "empty_strided", "sym_size", "sym_stride", "sym_numel", "is_contiguous"}
+_SCHEMA_NAMES: dict[Any, tuple[str, ...]] = {}
+
+
+def _argument_names(function: Any) -> tuple[str, ...]:
+    names = _SCHEMA_NAMES.get(function)
+    if names is None:
+        names = _SCHEMA_NAMES[function] = tuple(a.name for a in function._schema.arguments)
+    return names
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes each dispatched operator into a graph; tensors are known by identity and kept alive meanwhile."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.known: dict[int, Value] = {}
+        self.alive: list[Tensor] = []
+        self.path: list[str] = [""]
+        self.counters: list[list[int]] = [[0]]
+        self.paused = 0
+
+    def register(self, tensor: Tensor, value: Value) -> Value:
+        self.known[id(tensor)] = value
+        self.alive.append(tensor)
+        return value
+
+    def look_up(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            value = self.known.get(id(item))
+            if value is None:
+                floating = item.is_floating_point() or item.is_complex()
+                value = self.register(item, self.graph.value(tuple(item.shape), "constant", floating=floating))
+            return value
+        if isinstance(item, list | tuple):
+            return [self.look_up(i) for i in item]
+        return item
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return function(*args, **kwargs)
+        # Arguments are read first: an operator in place makes its tensor a new value.
+        named = {n: self.look_up(a) for n, a in zip(_argument_names(function), args, strict=False)}
+        named.update((n, self.look_up(a)) for n, a in kwargs.items())
+        result = function(*args, **kwargs)
+        name = function.__name__.partition(".")[0]
+        if name in _QUIET:
+            return result
+        inplace = function._schema.is_mutable
+        returned = result if isinstance(result, list | tuple) else (result,)
+        outputs: list[Value | None] = []
+        for item in returned:
+            if isinstance(item, Tensor):
+                floating = item.is_floating_point() or item.is_complex()
+                outputs.append(self.register(item, self.graph.value(tuple(item.shape), floating=floating)))
+            else:
+                outputs.append(None)
+        if function.namespace != "aten":
+            name = f"{function.namespace}.{name}"
+        if inplace and name.endswith("_") and not name.endswith("__"):
+            name = name[:-1]
+        self.graph.nodes.append(Node(name, named, tuple(outputs), self.path[-1], inplace))
+        return result
+
+
+class _Functions(TorchFunctionMode):
+    """Sees Python's own calls: keeps attention one operator, and notes where sizes are spelled out.
+
+    The decompositions of scaled-dot-product attention differ by device and bake the scale in.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if sizes_itself(function):
+            for frame in recorder.counters:
+                frame[0] += 1
+            number, result = recorder.counters[-1][0], function(*args, **kwargs)
+            for place, item in enumerate(result if isinstance(result, list | tuple) else [result]):
+                value = recorder.known.get(id(item))
+                if value is not None:
+                    call = Call(recorder.path[-1], number, place, value)
+                    recorder.graph.calls.append(call)
+            return result
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        named = {n: recorder.look_up(a) for n, a in zip(names, args, strict=False)}
+        named.update((n, recorder.look_up(a)) for n, a in kwargs.items())
+        recorder.paused += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            recorder.paused -= 1
+        value = recorder.register(result, recorder.graph.value(tuple(result.shape)))
+        recorder.graph.nodes.append(Node("scaled_dot_product_attention", named, (value,), recorder.path[-1]))
+        return result
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, replacement: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in place of parameters and buffers, without hooks or checks, and put the old ones back after."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
+    try:
+        for path, module in model.named_modules(remove_duplicate=False):
+            for store in (module._parameters, module._buffers):
+                for name, old in store.items():
+                    full = f"{path}.{name}" if path else name
+                    if old is not None and full in replacement:
+                        undo.append((store, name, old))
+                        store[name] = replacement[full]  # type: ignore[assignment]
+            if isinstance(module, nn.RNNBase):
+                recurrent.append((module, module._flat_weights))
+                names = module._flat_weights_names
+                module._flat_weights = [getattr(module, n) if hasattr(module, n) else None for n in names]
+        yield
+    finally:
+        for store, name, old in reversed(undo):
+            store[name] = old
+        for module, flat in recurrent:
+            module._flat_weights = flat
+
+
+@contextlib.contextmanager
+def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Keep `recorder.path` at the module that is running."""
+    handles = []
+
+    def enter(path: str) -> Any:
+        def hook(*_: Any) -> None:
+            recorder.path.append(path)
+            recorder.counters.append([0])
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        recorder.path.pop()
+        recorder.counters.pop()
+
+    seen: set[int] = set()
+    try:
+        for path, module in model.named_modules():
+            if id(module) not in seen:
+                seen.add(id(module))
+                handles.append(module.register_forward_pre_hook(enter(path)))
+                handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients and without the fused paths that hide a module's parts."""
+    modes = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes:
+            module.training = mode
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) of a call: a tensor, a tuple or list of arguments, a mapping of keywords, or a Batch.
+
+    Raises:
+        InvalidValue: there is no example.
+    """
+    if example is None:
+        raise InvalidValue("structured pruning reads the network with one example input; pass example=.")
+    if hasattr(example, "args") and hasattr(example, "kwargs"):
+        return tuple(example.args), dict(example.kwargs)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, tuple | list):
+        return tuple(example), {}
+    return (example,), {}
+
+
+class Failed(Unsupported):
+    """The forward could not be run; `graph` holds what was recorded before, `path` the module that failed."""
+
+    graph: Graph
+    path: str
+
+
+def run_once(model: nn.Module, example: Any, *, meta: bool, keep: bool = True) -> tuple[Graph, Any]:
+    """Record one forward pass and return (graph, output); raises `Failed` from what the forward raised."""
+    args, kwargs = arguments(example)
+    graph = Graph(source="meta" if meta else "real")
+    recorder = _Recorder(graph)
+    replacement: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for kind, tensors in (("parameter", parameters), ("buffer", buffers)):
+        for name, tensor in tensors.items():
+            first = names.setdefault(id(tensor), name)
+            stand_in = tensor.detach()
+            if meta:
+                stand_in = replacement[first] if first in replacement else torch.empty_like(stand_in, device="meta")
+                if isinstance(tensor, nn.Parameter):
+                    stand_in = nn.Parameter(stand_in, requires_grad=False) if first == name else stand_in
+                replacement[name] = stand_in
+            if first == name:
+                floating = tensor.is_floating_point() or tensor.is_complex()
+                recorder.register(stand_in if meta else tensor, graph.value(tuple(tensor.shape), kind, name, floating))
+
+    def moved(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        if meta:
+            item = item.to("meta")
+        else:
+            item = item.detach().clone()
+        recorder.register(item, graph.value(tuple(item.shape), "input", floating=item.is_floating_point()))
+        return item
+
+    args, kwargs = tree_map(moved, (args, kwargs))
+    try:
+        with (
+            plain_forward(model),
+            headwise(model),
+            swapped(model, replacement),
+            _paths(model, recorder),
+            recorder,
+            _Functions(recorder),
+        ):
+            output = model(*args, **kwargs)
+    except Exception as error:
+        failed = Failed(f"{type(error).__name__} in {recorder.path[-1] or type(model).__name__}: {error}")
+        failed.graph, failed.path = graph, recorder.path[-1]
+        raise failed from error
+    seen: set[int] = set()
+    for item in tree_flatten(output)[0]:
+        value = recorder.known.get(id(item)) if isinstance(item, Tensor) else None
+        if value is not None and value.index not in seen:
+            seen.add(value.index)
+            graph.outputs.append(value)
+    return graph, output
+
+
+def record(model: nn.Module, example: Any) -> Graph:
+    """Return the graph of `model` for one example input; the model is left as it was.
+
+    Args:
+        model: any module; DDP and torch.compile wrappers are looked through.
+        example: a tensor, a tuple of arguments, a mapping of keywords or a `Batch`; values matter only to models whose
+            forward looks at them.
+
+    Raises:
+        InvalidValue: the example is missing or the model cannot run it.
+        Unsupported: the module is compiled by TorchScript or quantised, so its parts cannot be edited.
+    """
+    model = unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unsupported("TorchScript modules cannot be edited; prune the Python module and script the result.")
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise Unsupported(f"{path or 'the model'} is a quantised module; prune before quantising.")
+    arguments(example)
+    try:
+        graph, _ = run_once(model, example, meta=True)
+        graph.model, graph.example = model, example
+        return graph
+    except Failed as error:
+        if any(p.is_meta for p in (*model.parameters(), *model.buffers())):
+            raise InvalidValue(f"the model could not run the example on the meta device: {error}") from error
+        reason = str(error)
+    try:
+        graph, _ = run_once(model, example, meta=False)
+    except Failed as error:
+        raise InvalidValue(f"the model cannot run the example input: {error}") from error.__cause__
+    graph.model, graph.example = model, example
+    graph.notes.append(f"read from a real forward pass, because one without numbers failed ({reason.splitlines()[0]})")
+    if any(n.op in ("_local_scalar_dense", "nonzero", "masked_select") for n in graph.nodes):
+        graph.notes.append("the forward looks at values; the graph is that of this example")
+    return graph

@@ -1,0 +1,1 @@
+"""Choosing the widths and depths of networks that become really smaller."""
