@@ -213,7 +213,7 @@ def prune(
         inplace: prune `model` itself instead of a copy.
         measure: fill MACs and measured latency in the report (needs an example).
         structural: for units that are removed: macs, params, bytes, latency_ms (targets instead of `sparsity`), scope,
-            pool, normalise, minimum, round_to, protect, exact, compensate, verify; see
+            pool, normalise, minimum, round_to, protect, norms, compensate, verify; see
             `prunus.structured.prune.prune_structured`. The options keep, budget, rounds, masks, include, exclude and
             on_round belong to units that are zeroed.
 

@@ -77,10 +77,12 @@ class Coupling:
         graph: the graph.
         families: every set of units that may be removed, in order of first appearance.
         unprunable: "tensor:axis" -> why it is not cut, for axes of weights.
+        counted: whether norms go on counting what was removed.
     """
 
     def __init__(self, coupler: Coupler, solution: Solution) -> None:
         self.graph: Graph = coupler.graph
+        self.counted = coupler.norms == "counted"
         self._axes = coupler.axes
         self._costs = coupler.costs
         self._solution = solution
@@ -231,6 +233,11 @@ class Coupling:
         stays[position[gone[leaf]]] = False
         return stays
 
+    def stays(self, value: Value, axis: int, gone: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """Return which positions of an axis of a value stay; None where the axis is never cut."""
+        axes = self._axes.get(value.index)
+        return None if axes is None or axes[axis] is None else self.kept(axes[axis], gone)  # type: ignore[arg-type]
+
     def indices(self, keep: Keep) -> dict[str, NDArray[np.int64]]:
         """Return "tensor:axis" -> kept positions, for every axis that loses some."""
         gone = self.removed(keep)
@@ -283,16 +290,26 @@ class Coupling:
         return sum(int(np.prod(shapes[v.index], dtype=np.int64)) for v in self.graph.values if v.kind == "parameter")
 
 
-def couple(graph: Graph, *, exact: bool = True) -> Coupling:
+NORMS = ("whole", "counted", "anew")
+
+
+def couple(graph: Graph, *, norms: str = "whole") -> Coupling:
     """Find out which axes of a graph must be cut together.
 
     Args:
         graph: from `prunus.graph.record.record` or the ONNX reader.
-        exact: leave alone every axis over which a layer or group norm takes its statistics, so that removing equals
-            masking. Without it such axes are cut too, and what remains is normalised anew.
+        norms: what becomes of an axis over which a layer norm, an RMS norm or a mean takes its statistics.
+            "whole": it is never cut. "counted": it may be cut where what goes is zero, and the statistics go on
+            counting what went, so that removing still equals masking; the norm then runs as a few operators. "anew": it
+            may be cut, and the statistics are those of what remains, which is another function.
+
+    Raises:
+        InvalidValue: `norms` is none of these.
     """
+    if norms not in NORMS:
+        raise InvalidValue(f"norms {norms!r} must be one of {', '.join(NORMS)}.")
     for name in _RULE_FILES:
         importlib.import_module(f"prunus.graph.{name}")
-    coupler = Coupler(graph, statistics_fixed=exact)
+    coupler = Coupler(graph, norms=norms)
     coupler.run()
     return Coupling(coupler, coupler.elements.solve())

@@ -39,13 +39,13 @@ class Coupler:
         role: what the axis of a stored tensor is to its operator: "output", "input", "bias", "affine" or "other".
         constant: values computed from stored tensors alone.
         costs: multiply-accumulates as (constant, axes): constant times the number of kept positions of each axis.
-        statistics_fixed: whether axes over which layer and group norms take statistics are never cut.
+        norms: what becomes of axes over which statistics are taken (see `prunus.graph.couple.couple`).
         without_rule: operators that have no rule, and where each was met first.
     """
 
-    def __init__(self, graph: Graph, *, statistics_fixed: bool = True) -> None:
+    def __init__(self, graph: Graph, *, norms: str = "whole") -> None:
         self.graph = graph
-        self.statistics_fixed = statistics_fixed
+        self.norms = norms
         self.elements = Elements()
         self.axes: dict[int, Axes] = {}
         self.zero: dict[int, list[bool]] = {}
@@ -101,7 +101,7 @@ class Coupler:
         """Set what is known about a result."""
         if value is None:
             return
-        self.axes[value.index] = [None if n == 1 else a for a, n in zip(axes, value.shape, strict=True)]
+        self.axes[value.index] = [None if n <= 1 else a for a, n in zip(axes, value.shape, strict=True)]
         self.zero[value.index] = [zero] * len(value.shape) if isinstance(zero, bool) else list(zero)
         if origin is not None:
             self.origin[value.index] = list(origin)
@@ -126,6 +126,15 @@ class Coupler:
         for value in values:
             for ids in self.of(value):
                 self.fix(ids, reason)
+
+    def statistics(self, value: Value, axis: int, reason: str) -> None:
+        """State that a mean or the statistics of a norm are taken over an axis."""
+        ids = self.of(value)[axis]
+        if ids is None or self.norms == "anew":
+            return
+        countable = self.node is not None and self.node.spelled in ("mean", "layer_norm", "rms_norm")
+        if not (self.norms == "counted" and countable and self.is_zero(value, axis)):
+            self.fix(ids, reason)
 
     def merge(self, parts: Sequence[tuple[Ids | None, int]]) -> Ids | None:
         """Return the elements of axes flattened into one, given (elements, size) of each."""

@@ -96,9 +96,22 @@ def refresh(module: Any) -> None:
             module.nx = module.weight.shape[0]
 
 
+_MANAGED = (
+    _ConvNd, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding, nn.PReLU, nn.MultiheadAttention,
+    nn.RNNBase, nn.RNNCellBase,
+)  # fmt: skip
+
+
+def managed(module: nn.Module) -> bool:
+    """Return whether `refresh` knows everything the module remembers about its size."""
+    return isinstance(module, _MANAGED) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
 def matching(module: nn.Module, number: int) -> list[str]:
     """Return where a module, or a settings object it holds, remembers `number`: "name", "name.2", "config.name"."""
-    found = []
+    found: list[str] = []
+    if managed(module):
+        return found
     for name, value in vars(module).items():
         if name.startswith("_") or name in ("training", "dump_patches"):
             continue

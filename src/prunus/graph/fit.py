@@ -14,42 +14,22 @@ from torch import nn
 from prunus.errors import InvalidValue
 from prunus.graph.couple import Coupling, Keep
 from prunus.graph.edit import matching
-from prunus.graph.ir import Graph, Node
+from prunus.graph.ir import Graph, Node, Value
 from prunus.graph.plan import Plan
 from prunus.graph.record import Failed, run_once
 from prunus.parameters import copied
 
 EXACT = 1e-4  # relative difference up to which removing counts as equal to masking in float32
 
-_SIZED = {
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "unflatten",
-    "expand",
-    "repeat",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "split_with_sizes",
-    "split",
-    "slice",
-}
-
-
-# How a size fixed in code is changed: the number that the module remembers, or one remembered by the modules around
-# it; or, where none is, the size itself in the call that spells it out.
-_TACTICS = ("own", "around", "spelled")
+# How a size fixed in code is changed: the number that the module remembers, or, where there is none or it serves
+# something else too, the size itself in the call that spells it out.
+_TACTICS = ("remembered", "spelled")
 
 
 @dataclass(frozen=True)
 class _Trouble:
     node: int  # number of the first operator that did not come out as predicted
+    path: str  # the module that was running
     reason: str
 
 
@@ -80,22 +60,30 @@ def fit(coupling: Coupling, keep: Keep) -> Plan:
         if not keep:
             raise InvalidValue(f"the model does not repeat its own forward: {trouble.reason}")
         node = graph.nodes[min(trouble.node, len(graph.nodes) - 1)]
-        failing = type(modules[node.module])
-        # First doubt the numbers that were set for the failing class of modules, then the cut itself.
-        tactic = tactics.get(failing, 0)
-        while tactic + 1 < len(_TACTICS):
-            tactic += 1
-            tactics[failing] = tactic
+        # First doubt the numbers that were set in the failing module and those around it, then the cut itself.
+        doubted = _doubted(trouble.path, modules, tactics)
+        for kind in doubted:
+            tactics[kind] = 1
             if (
                 _constants(coupling, keep, modules, tactics) != wanted
                 or _spelled_sizes(coupling, keep, modules, tactics) != spelled
             ):
                 break
         else:
-            tactics[failing] = 0
+            if _runs_for_real(graph, plan):
+                return plan
             for name in _blamed(coupling, keep, node):
                 blocked[name] = trouble.reason
                 keep = {n: k for n, k in keep.items() if n != name}
+
+
+def _doubted(path: str, modules: Mapping[str, nn.Module], tactics: Mapping[type, int]) -> list[type]:
+    """Return the classes of the module at `path` and those around it whose remembered numbers are still relied on."""
+    kinds = [type(modules[path])]
+    while path:
+        path = path.rpartition(".")[0]
+        kinds.append(type(modules[path]))
+    return [k for k in dict.fromkeys(kinds) if tactics.get(k, 0) == 0]
 
 
 def _as_bool(mask: Any) -> NDArray[np.bool_]:
@@ -127,6 +115,14 @@ def _constants(
     def note(path: str, spelling: str, number: int) -> None:
         result.setdefault(path, {})[spelling] = number
 
+    def sized(module: str, value: Value, adapts: frozenset[int]) -> None:
+        for axis, (old, new) in enumerate(zip(value.shape, shapes[value.index], strict=True)):
+            if old == new or axis in adapts:
+                continue
+            if _TACTICS[tactics.get(type(modules[module]), 0)] == "remembered":
+                for spelling in matching(modules[module], old):
+                    note(module, spelling, new)
+
     for node in coupling.graph.nodes:
         if node.op in ("convolution", "_convolution"):
             for path, spelling, number in _convolution_numbers(node, shapes):
@@ -140,19 +136,12 @@ def _constants(
                 note(node.module, "num_groups", new)
                 note(node.module, "num_channels", shapes[x.index][1])
             continue
-        if node.op not in _SIZED:
-            continue
-        for output in node.outputs:
-            if output is None:
-                continue
-            for old, new in zip(output.shape, shapes[output.index], strict=True):
-                if old != new:
-                    for path in _places(node.module, _TACTICS[tactics.get(type(modules[node.module]), 0)]):
-                        spellings = matching(modules[path], old)
-                        for spelling in spellings:
-                            note(path, spelling, new)
-                        if spellings:
-                            break
+        if node.op == "slice":
+            for output in node.outputs:
+                if output is not None:
+                    sized(node.module, output, frozenset())
+    for call in coupling.graph.calls:
+        sized(call.module, call.value, call.adapts)
     return result
 
 
@@ -177,28 +166,25 @@ def _spelled_sizes(
     coupling: Coupling, keep: Keep, modules: Mapping[str, nn.Module], tactics: Mapping[type, int]
 ) -> dict[str, dict[str, int]]:
     """Return the sizes to change in calls: module path -> {"call number.place.axis": new size}."""
-    if not any(tactic == _TACTICS.index("spelled") for tactic in tactics.values()):
-        return {}
-    shapes = coupling.shapes(keep)
+    shapes, gone = coupling.shapes(keep), coupling.removed(keep)
     result: dict[str, dict[str, int]] = {}
     for call in coupling.graph.calls:
+        for axis in call.averaged if coupling.counted else ():
+            stays = coupling.stays(call.source, axis, gone) if call.source is not None else None
+            if stays is not None and not stays.all():
+                result.setdefault(call.module, {})[f"{call.number}.count.{axis}"] = len(stays)
         if _TACTICS[tactics.get(type(modules[call.module]), 0)] != "spelled":
             continue
         for axis, (old, new) in enumerate(zip(call.value.shape, shapes[call.value.index], strict=True)):
             if old != new:
                 result.setdefault(call.module, {})[f"{call.number}.{call.place}.{axis}"] = new
+        for axis, start, stop in call.ranges:
+            stays = coupling.stays(call.source, axis, gone) if call.source is not None else None
+            if stays is not None and not stays.all():
+                mine = result.setdefault(call.module, {})
+                mine[f"{call.number}.start.{axis}"] = int(stays[:start].sum())
+                mine[f"{call.number}.stop.{axis}"] = int(stays[:stop].sum())
     return result
-
-
-def _places(path: str, tactic: str) -> list[str]:
-    """Return the modules whose numbers may be set for an operator run by the module at `path`, nearest first."""
-    if tactic == "spelled":
-        return []
-    places = [path]
-    while tactic == "around" and path and len(places) < 4:
-        path = path.rpartition(".")[0]
-        places.append(path)
-    return places
 
 
 def _try(coupling: Coupling, plan: Plan, keep: Keep) -> _Trouble | None:
@@ -215,13 +201,26 @@ def _try(coupling: Coupling, plan: Plan, keep: Keep) -> _Trouble | None:
         matched = _first_difference(graph, nodes, predicted, partial=True)
         assert matched is not None
         place = _failing(coupling, keep, graph, matched, error.path)
-        return _Trouble(place, f"{graph.nodes[place]} cannot run with the cut size: {error}")
+        return _Trouble(place, error.path, f"{graph.nodes[place]} cannot run with the cut size: {error}")
     matched = _first_difference(graph, found.nodes, predicted)
     if matched is None or _same_numbers(graph, plan, found):
         return None
+    module = graph.nodes[matched].module
     return _Trouble(
-        matched, f"{graph.nodes[matched]} gives another size than the cut predicts (a number is fixed in its code)"
+        matched,
+        module,
+        f"{graph.nodes[matched]} gives another size than the cut predicts (a number is fixed in its code)",
     )
+
+
+def _runs_for_real(graph: Graph, plan: Plan) -> bool:
+    """Return whether a cut that failed without numbers works with them: kernels differ between the two."""
+    if graph.source != "meta" or any(t.is_meta for t in (*graph.model.parameters(), *graph.model.buffers())):
+        return False
+    try:
+        return plan.verify(graph.model, graph.example) <= EXACT
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError):
+        return False
 
 
 def _same_numbers(graph: Graph, plan: Plan, found: Graph) -> bool:

@@ -41,6 +41,7 @@ class Node:
         outputs: the tensors it returned, in order (None for missing ones).
         module: path of the innermost module that was running.
         inplace: whether it wrote into its first argument.
+        spelled: name of the Python call it came from, if that takes sizes or counts (see `prunus.graph.sizes`).
     """
 
     op: str
@@ -48,6 +49,7 @@ class Node:
     outputs: tuple[Value | None, ...]
     module: str = ""
     inplace: bool = False
+    spelled: str = ""
 
     def inputs(self) -> Iterator[Value]:
         """Yield every tensor argument, lists flattened."""
@@ -67,12 +69,20 @@ class Call:
         number: how many such calls the module had made in this forward, itself included.
         place: which of the tensors it returned.
         value: that tensor.
+        adapts: axes whose size was left open (-1) and follows the others.
+        source: the tensor that was sliced or averaged.
+        ranges: (axis, start, stop) of the slices of `source` that were spelled as numbers.
+        averaged: axes of `source` over which a mean or the statistics of a norm were taken.
     """
 
     module: str
     number: int
     place: int
     value: Value
+    adapts: frozenset[int] = frozenset()
+    source: Value | None = None
+    ranges: tuple[tuple[int, int, int], ...] = ()
+    averaged: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)

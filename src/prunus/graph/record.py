@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from prunus.errors import InvalidValue, Unsupported
 from prunus.graph.attention import headwise
 from prunus.graph.ir import Call, Graph, Node, Value
-from prunus.graph.sizes import sizes_itself
+from prunus.graph.sizes import averaged_axes, left_open, ranges_of, sizes_itself
 from prunus.parameters import unwrap
 
 _QUIET = {"device", "empty_strided", "sym_size", "sym_stride", "sym_numel", "is_contiguous"}
@@ -46,6 +46,7 @@ class _Recorder(TorchDispatchMode):
         self.path: list[str] = [""]
         self.counters: list[list[int]] = [[0]]
         self.paused = 0
+        self.spelled = ""
 
     def register(self, tensor: Tensor, value: Value) -> Value:
         self.known[id(tensor)] = value
@@ -87,7 +88,7 @@ class _Recorder(TorchDispatchMode):
             name = f"{function.namespace}.{name}"
         if inplace and name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
-        self.graph.nodes.append(Node(name, named, tuple(outputs), self.path[-1], inplace))
+        self.graph.nodes.append(Node(name, named, tuple(outputs), self.path[-1], inplace, self.spelled))
         return result
 
 
@@ -107,11 +108,24 @@ class _Functions(TorchFunctionMode):
         if sizes_itself(function):
             for frame in recorder.counters:
                 frame[0] += 1
-            number, result = recorder.counters[-1][0], function(*args, **kwargs)
+            number, outer = recorder.counters[-1][0], recorder.spelled
+            recorder.spelled = function.__name__
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                recorder.spelled = outer
+            source, ranges, averaged = None, (), averaged_axes(function, args, kwargs)
+            if function.__name__ == "__getitem__":
+                ranges = tuple(ranges_of(*args))
+                if not ranges:
+                    return result
+            if ranges or averaged:
+                source = recorder.known.get(id(args[0]))
             for place, item in enumerate(result if isinstance(result, list | tuple) else [result]):
                 value = recorder.known.get(id(item))
                 if value is not None:
-                    call = Call(recorder.path[-1], number, place, value)
+                    adapts = left_open(function, args, kwargs)
+                    call = Call(recorder.path[-1], number, place, value, adapts, source, ranges, averaged)
                     recorder.graph.calls.append(call)
             return result
         if function is not nn.functional.scaled_dot_product_attention:

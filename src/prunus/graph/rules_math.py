@@ -166,7 +166,9 @@ def reduction(c: Coupler, n: Node) -> None:
     reduced = set(dims(n, "dim", rank) if n.args.get("dim") is not None else range(rank))
     axes, zero = c.of(x), c.zero[x.index]
     for axis in reduced:
-        if not (n.op in ("sum", "nansum", "linalg_vector_norm", "norm") and zero[axis]):
+        if n.op == "mean":
+            c.statistics(x, axis, "mean over the axis")
+        elif not (n.op in ("sum", "nansum", "linalg_vector_norm", "norm") and zero[axis]):
             c.fix(axes[axis], f"{n.op} over the axis")
     keepdim = bool(n.args.get("keepdim", False))
     order = [None if i in reduced else i for i in range(rank) if keepdim or i not in reduced]
@@ -245,10 +247,8 @@ def layer_norm(c: Coupler, n: Node) -> None:
     x = next(iter(tensors(n, "input")))
     count = len(n.args["normalized_shape"])
     axes, zero = list(c.of(x)), list(c.zero[x.index])
-    for v, offset in [(x, len(axes) - count), *((p, 0) for p in tensors(n, "weight", "bias"))]:
-        for i in range(offset, offset + count):
-            if c.statistics_fixed:
-                c.fix(c.of(v)[i], "statistics of a layer norm are taken over the axis")
+    for axis in range(len(axes) - count, len(axes)):
+        c.statistics(x, axis, "statistics of a layer norm are taken over the axis")
     for p in tensors(n, "weight", "bias"):
         for i in range(count):
             axis = len(axes) - count + i
@@ -269,7 +269,7 @@ def group_norm(c: Coupler, n: Node) -> None:
     for p in parameters:
         channels = c.same(channels, c.of(p)[0], "group norm of channels that cannot be cut")
         c.mark(p, 0, "affine")
-    if channels is not None and c.statistics_fixed:
+    if channels is not None and c.norms != "anew":
         _, inner = c.elements.factor(channels, groups)
         c.fix(inner, "statistics of a group norm are taken over the channels of a group")
     axes[1] = channels

@@ -132,6 +132,26 @@ def matrix_product(c: Coupler, n: Node) -> None:
     )
 
 
+@rule("_grouped_mm", "_scaled_grouped_mm")
+def grouped_product(c: Coupler, n: Node) -> None:
+    """(rows, k) x (experts, k, m): every row meets the weight of its own expert; experts are picked by number."""
+    a, b = tensors(n, "self", "mat2")[:2]
+    y = n.outputs[0]
+    assert y is not None
+    xs, ws = c.of(a), c.of(b)
+    _contract(c, a, -1, b, -2)
+    for ids in (*xs[:-1], *ws[:-2]):
+        c.fix(ids, "rows are dealt out to experts by number")
+    outputs = ws[-1]
+    for bias in tensors(n, "bias"):
+        outputs = c.same(outputs, c.of(bias)[-1], "bias of an axis that cannot be cut")
+    c.mark(b, len(b.shape) - 2, "input")
+    c.mark(b, len(b.shape) - 1, "output")
+    c.put(y, [*[None] * (len(y.shape) - 1), outputs], [*[False] * (len(y.shape) - 1), c.is_zero(b, len(b.shape) - 1)])
+    rows = a.shape[0] if len(a.shape) == 2 else a.shape[0] * a.shape[1]
+    c.cost(rows, (xs[-1], a.shape[-1]), (outputs, y.shape[-1]))
+
+
 @rule("mv", "dot", "addmv")
 def vector_product(c: Coupler, n: Node) -> None:
     """A product with a vector sums over the last axis."""

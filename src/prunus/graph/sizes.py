@@ -3,11 +3,14 @@
 Some forwards compute a size from an axis that is not cut (`x.reshape(batch, tokens, channels)` after heads are gone).
 Nothing the module remembers can be edited then. The module's class is extended by one that runs the same forward and,
 while it runs, puts the new number into the calls that spell the old one.
+
+The same way keeps means and norms over a cut axis exact: what was removed was zero, so it still counts in the
+statistics, and the mean of C positions of which some are gone is their sum over C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +36,10 @@ _SPELLING = {
     "broadcast_to",
     "narrow",
     "tile",
+    "__getitem__",
+    "mean",
+    "layer_norm",
+    "rms_norm",
 }
 
 
@@ -41,10 +48,62 @@ def sizes_itself(function: Any) -> bool:
     return getattr(function, "__name__", "") in _SPELLING
 
 
+def averaged_axes(function: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
+    """Return the axes over which a mean or the statistics of a norm are taken, as non-negative numbers."""
+    name = getattr(function, "__name__", "")
+    if not args or not isinstance(args[0], torch.Tensor):
+        return ()
+    rank = args[0].dim()
+    if name == "mean":
+        given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        listed = range(rank) if given is None else given if isinstance(given, list | tuple) else [given]
+        return tuple(int(d) % rank for d in listed) if rank else ()
+    if name in ("layer_norm", "rms_norm"):
+        shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+        return tuple(range(rank - len(shape), rank))
+    return ()
+
+
+def left_open(function: Any, args: Any, kwargs: Any) -> frozenset[int]:
+    """Return the axes of the result whose size a view or reshape call leaves open (-1)."""
+    if getattr(function, "__name__", "") not in ("view", "reshape"):
+        return frozenset()
+    sizes = kwargs.get("size", kwargs.get("shape", args[1:]))
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple | torch.Size):
+        sizes = sizes[0]
+    return frozenset(i for i, s in enumerate(sizes) if isinstance(s, int) and s == -1)
+
+
+def ranges_of(tensor: Any, index: Any) -> Iterator[tuple[int, int, int]]:
+    """Yield (axis, start, stop) of each slice of `tensor[index]` whose ends are spelled as numbers, resolved."""
+    for axis, part in _axes_of(tensor, index):
+        spelled = isinstance(part, slice) and (isinstance(part.start, int) or isinstance(part.stop, int))
+        if spelled and part.step in (None, 1):
+            start, stop, _ = part.indices(tensor.shape[axis])
+            yield axis, start, max(stop, start)
+
+
+def _axes_of(tensor: Any, index: Any) -> Iterator[tuple[int, Any]]:
+    """Yield (axis, part) for the parts of an index that stand for axes, until one that is a tensor or a list."""
+    parts = index if isinstance(index, tuple) else (index,)
+    count = sum(1 for p in parts if p is not None and p is not Ellipsis)
+    axis = 0
+    for part in parts:
+        if part is None:
+            continue
+        if part is Ellipsis:
+            axis += tensor.dim() - count
+            continue
+        if not isinstance(part, int | slice):
+            return
+        yield axis, part
+        axis += 1
+
+
 class _Sizes(TorchFunctionMode):
     """Counts calls that spell sizes, and changes those that were fixed in code."""
 
-    def __init__(self, changes: Mapping[int, Mapping[int, Mapping[int, int]]]) -> None:
+    def __init__(self, changes: Mapping[int, Mapping[Any, Mapping[int, int]]]) -> None:
         super().__init__()
         self.changes = changes
         self.count = 0
@@ -59,8 +118,12 @@ class _Sizes(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _call(function: Any, args: Any, kwargs: Any, change: Mapping[int, Mapping[int, int]]) -> Any:
+def _call(function: Any, args: Any, kwargs: Any, change: Mapping[Any, Mapping[int, int]]) -> Any:
     name = function.__name__
+    if "count" in change:
+        return _counted(name, args, kwargs, change["count"])
+    if name == "__getitem__":
+        return args[0][_index(*args, change)]
     if name in ("split", "split_with_sizes"):
         sizes = kwargs.pop("split_size_or_sections", kwargs.pop("split_size", None))
         tensor, *rest = args
@@ -93,6 +156,50 @@ def _call(function: Any, args: Any, kwargs: Any, change: Mapping[int, Mapping[in
     return function(*leading, *_changed(given, new), **kwargs)
 
 
+def _counted(name: str, args: Any, kwargs: Any, counts: Mapping[int, int]) -> Any:
+    """Return a mean, or a norm, that counts the removed positions of an axis as the zeros they were."""
+    x = args[0]
+    if name == "mean":
+        scale = 1.0
+        for axis, whole in counts.items():
+            scale *= x.shape[axis] / whole
+        return torch.mean(*args, **kwargs) * scale
+    names = (
+        ("normalized_shape", "weight", "bias", "eps") if name == "layer_norm" else ("normalized_shape", "weight", "eps")
+    )
+    given = dict(zip(names, args[1:], strict=False)) | kwargs
+    axes = tuple(range(x.dim() - len(given["normalized_shape"]), x.dim()))
+    present, whole = 1, 1
+    for axis in axes:
+        present *= x.shape[axis]
+        whole *= counts.get(axis, x.shape[axis])
+    weight, bias = given.get("weight"), given.get("bias")
+    if name == "layer_norm":
+        mean = x.sum(axes, keepdim=True) / whole
+        centred = x - mean
+        variance = (centred.square().sum(axes, keepdim=True) + (whole - present) * mean.square()) / whole
+        result = centred * torch.rsqrt(variance + given.get("eps", 1e-5))
+    else:
+        eps = given.get("eps")
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        result = x * torch.rsqrt(x.square().sum(axes, keepdim=True) / whole + eps)
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _index(tensor: Any, index: Any, change: Mapping[Any, Mapping[int, int]]) -> Any:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    starts, stops = change.get("start", {}), change.get("stop", {})
+    for axis, part in _axes_of(tensor, index):
+        if axis in starts and isinstance(part, slice):
+            ends = (
+                starts[axis] if isinstance(part.start, int) else None,
+                stops[axis] if isinstance(part.stop, int) else None,
+            )
+            parts[next(i for i, p in enumerate(parts) if p is part)] = slice(*ends)
+    return tuple(parts)
+
+
 def _changed(sizes: Any, new: Mapping[int, int]) -> list[Any]:
     # A size left open (-1) adapts by itself.
     return [new[i] if i in new and s != -1 else s for i, s in enumerate(sizes)]
@@ -101,7 +208,7 @@ def _changed(sizes: Any, new: Mapping[int, int]) -> list[Any]:
 class SpelledSizes:
     """Mixed into the class of a module whose calls need other sizes than its code spells."""
 
-    _cut_sizes: dict[int, dict[int, dict[int, int]]]
+    _cut_sizes: dict[int, dict[int | str, dict[int, int]]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with the changed sizes."""
@@ -113,11 +220,14 @@ _CLASSES: dict[type, type] = {}
 
 
 def spell_sizes(module: nn.Module, changes: Mapping[str, int]) -> None:
-    """Let `module` run its forward with changed sizes, given as {"call.place.axis": size}."""
-    parsed: dict[int, dict[int, dict[int, int]]] = {}
+    """Let `module` run its forward with changed sizes: {"call.place.axis": size, "call.start.axis": begin of a slice,
+    "call.stop.axis": its end, "call.count.axis": positions that a mean or norm counts, removed ones included}.
+    """
+    parsed: dict[int, dict[int | str, dict[int, int]]] = {}
     for key, size in changes.items():
-        call, place, axis = map(int, key.split("."))
-        parsed.setdefault(call, {}).setdefault(place, {})[axis] = size
+        call, place, axis = key.split(".")
+        what = place if place in ("start", "stop", "count") else int(place)
+        parsed.setdefault(int(call), {}).setdefault(what, {})[int(axis)] = size
     own = type(module)
     if not issubclass(own, SpelledSizes):
         if own not in _CLASSES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -72,6 +72,41 @@ def offered(coupling: Coupling, unit: str, protect: Sequence[str] = ()) -> tuple
     return families, frozenset(protected)
 
 
+# Where norm axes stay whole, half of the channels must still take at least this share of the half with them.
+_ENOUGH = 0.8
+
+
+def coupled(
+    model: nn.Module, example: Any, unit: str, protect: Sequence[str], norms: str, share: float | None
+) -> tuple[Coupling, list[Family], frozenset[str]]:
+    """Return (coupling, families offered, names of protected ones); `norms` as for `couple`, or "auto".
+
+    "auto" leaves axes of norms whole, which costs nothing at run time, unless that would leave so little to cut that
+    removing `share` (default a half) of the channels removes less than 0.8 of that share of the arithmetic.
+    """
+    graph = record(model, example)
+    if norms != "auto":
+        coupling = couple(graph, norms=norms)
+        return coupling, *offered(coupling, unit, protect)
+    part = 0.5 if share is None or not 0 < share < 1 else share
+    whole = couple(graph)
+    try:
+        families, protected = offered(whole, unit, protect)
+    except (NothingPrunable, InvalidValue):
+        coupling = couple(graph, norms="counted")
+        return coupling, *offered(coupling, unit, protect)
+    keep = {}
+    for family in families:
+        keep[family.name] = _mask(family.size, range(max(1, family.size - round(part * family.size))))
+    if unit != "channel" or 1 - whole.macs(keep) / max(whole.macs(), 1) >= _ENOUGH * part:
+        return whole, families, protected
+    coupling = couple(graph, norms="counted")
+    more, protected_more = offered(coupling, unit, protect)
+    if len(more) <= len(families) and sum(f.size for f in more) <= sum(f.size for f in families):
+        return whole, families, protected
+    return coupling, more, protected_more
+
+
 def prune_structured(
     model: nn.Module,
     sparsity: float | None = None,
@@ -89,7 +124,7 @@ def prune_structured(
     minimum: int | float = 1,
     round_to: int = 1,
     protect: Sequence[str] | str = (),
-    exact: bool = True,
+    norms: str = "auto",
     seed: int = 0,
     train_mode: bool = False,
     inplace: bool = False,
@@ -106,8 +141,7 @@ def prune_structured(
     start = time.perf_counter()
     bare = unwrap(model)
     check_finite(stored_tensors(bare) if not _meta(bare) else {}, "weight")
-    coupling = couple(record(bare, example), exact=exact)
-    families, protected = offered(coupling, unit, protect)
+    coupling, families, protected = coupled(bare, example, unit, protect, norms, sparsity)
     limits = Limits(minimum, round_to, protected)
     scores = unit_scores(
         bare, families, score, pool=pool, normalise=normalise, data=data, loss=loss, seed=seed, train_mode=train_mode
@@ -128,7 +162,7 @@ def prune_structured(
         plan = again.with_blocked(plan.blocked)
     difference = None
     if verify and not _meta(bare):
-        difference, plan = proved(coupling, plan, bare, example, exact)
+        difference, plan = proved(coupling, plan, bare, example, exact=norms != "anew")
     dense_parameters, dense_size = sizes(bare)
     small = plan.apply(bare, inplace=inplace)
     seconds = time.perf_counter() - start
@@ -168,19 +202,27 @@ def prune_structured(
     return SmallModel(small, plan, report)
 
 
-def proved(coupling: Coupling, plan: Plan, model: nn.Module, example: Any, exact: bool) -> tuple[float, Plan]:
+def proved(coupling: Coupling, plan: Plan, model: nn.Module, example: Any, *, exact: bool) -> tuple[float, Plan]:
+    """Return (difference of removed and masked, plan) of a cut of `model`, see `rolled_back`."""
+    return rolled_back(coupling, plan, lambda part: part.verify(model, example), exact=exact)
+
+
+def rolled_back(
+    coupling: Coupling, plan: Plan, verify: Callable[[Plan], float], *, exact: bool
+) -> tuple[float, Plan]:
     """Return (difference of removed and masked, plan); families whose removal changes the outputs are rolled back.
 
-    Halves of the families are tried until the guilty ones are found; each is named in `Plan.blocked`.
+    Halves of the families are tried until the guilty ones are found; each is named in `Plan.blocked`. `verify` returns
+    the relative difference of one plan.
     """
-    worst = plan.verify(model, example)
+    worst = verify(plan)
     if worst <= EXACT or not exact:
         return worst, plan
     guilty: list[str] = []
 
     def search(names: list[str]) -> None:
         part = Plan.from_keep(coupling, {n: _mask(coupling[n].size, plan.families[n]) for n in names})
-        if part.verify(model, example) <= EXACT:
+        if verify(part) <= EXACT:
             return
         if len(names) == 1:
             guilty.extend(names)
@@ -193,7 +235,7 @@ def proved(coupling: Coupling, plan: Plan, model: nn.Module, example: Any, exact
     rest = Plan.from_keep(coupling, {n: _mask(coupling[n].size, plan.families[n]) for n in innocent})
     reason = f"removing it differs from masking it by {worst:.1e} relative"
     rest = rest.with_blocked(plan.blocked | dict.fromkeys(guilty, reason))
-    remaining = rest.verify(model, example)
+    remaining = verify(rest)
     if remaining > EXACT:
         every = plan.blocked | dict.fromkeys(plan.families, reason)
         return 0.0, Plan.from_keep(coupling, {}).with_blocked(every)
