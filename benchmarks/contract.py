@@ -110,6 +110,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def memory_of_process(what: str) -> int:
+    """Return the bytes this process holds now ("VmRSS") or held at most ("VmHWM"), from Linux.
+
+    Not `ru_maxrss`: that one survives exec, so a process would report the peak of the one that started it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import prune as peer
 
 import prunus
-from benchmarks.contract import Outcome, at_least, below, equals, interleaved, main, threads
+from benchmarks.contract import Outcome, at_least, below, equals, interleaved, main, memory_of_process, threads
 from prunus.parameters import prunable
 from prunus.randomness import generator
 
@@ -168,20 +168,11 @@ def _peak(name: str, pruner: str) -> int:
     torch.set_num_threads(THREADS)
     _first_use(PRUNERS[pruner])
     net = build(name)
-    before = _memory("VmRSS")
-    if _memory("VmHWM") > before + TRACE:
+    before = memory_of_process("VmRSS")
+    if memory_of_process("VmHWM") > before + TRACE:
         raise RuntimeError("building the net took more memory than it holds, so its peak would hide that of pruning")
     PRUNERS[pruner](net)
-    return _memory("VmHWM") - before
-
-
-def _memory(what: str) -> int:
-    """Return the bytes this process holds now ("VmRSS") or held at most ("VmHWM"), from Linux.
-
-    Not `ru_maxrss`: that one survives exec, so a process would report the peak of the one that started it.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
+    return memory_of_process("VmHWM") - before
 
 
 if __name__ == "__main__":

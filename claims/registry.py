@@ -7,18 +7,24 @@ from collections.abc import Iterable, Sequence
 
 from claims import (
     allocation,
+    architecture,
     at_init,
     calibrated,
+    compensation,
     connectivity,
     dynamic,
     images,
+    layer_lottery,
     lottery,
+    narrowing,
     nm,
+    precrop,
     rethinking,
     rnn,
     soft,
     soups,
     static,
+    structural,
 )
 from claims.claim import Claim, Experiment
 from prunus.errors import InvalidValue, unknown
@@ -33,10 +39,16 @@ FAMILIES = {
     "rethinking": rethinking,
     "at-init": at_init,
     "calibrated": calibrated,
+    "compensation": compensation,
     "soups": soups,
     "connectivity": connectivity,
     "rnn": rnn,
     "images": images,
+    "structural": structural,
+    "architecture": architecture,
+    "precrop": precrop,
+    "layer-lottery": layer_lottery,
+    "narrowing": narrowing,
 }
 
 

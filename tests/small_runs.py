@@ -67,9 +67,10 @@ class Normed(nn.Module):
 
 
 def normed_run(*, epochs: int = 2, seed: int = 0, store: Any = None, kind: type[Run] = Run, **options: Any) -> Run:
-    """Small images, a convolution with BatchNorm."""
+    """Small images, a convolution with BatchNorm unless `make` builds something else."""
     training = options.pop("training", None) or Training(epochs=epochs, batch_size=16, lr=0.05)
-    return kind(store, splits=striped(), make_model=Normed, training=training, seed=seed, **options)
+    make = options.pop("make", None) or Normed
+    return kind(store, splits=striped(), make_model=make, training=training, seed=seed, **options)
 
 
 class Watched(Run):

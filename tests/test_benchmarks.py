@@ -15,7 +15,16 @@ from benchmarks import contract
 
 from prunus.errors import InvalidValue
 
-NAMES = ["import_time", "loader", "mask_overhead", "prune_time"]
+NAMES = [
+    "coverage",
+    "import_time",
+    "latency_target",
+    "loader",
+    "mask_overhead",
+    "prune_time",
+    "structured_accuracy",
+    "structured_time",
+]
 
 
 def outcome(*met):
@@ -225,7 +234,10 @@ def test_every_benchmark_has_the_face_that_the_contract_asks_for(name):
 
 def test_no_benchmark_is_forgotten_here():
     folder = Path(contract.__file__).parent
-    assert sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "contract")) == NAMES
+    assert (
+        sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "contract", "coverage_models"))
+        == NAMES
+    )
 
 
 def test_sizes_of_the_nets_that_are_pruned():
@@ -253,16 +265,16 @@ def test_both_pruners_keep_the_same_weights():
 
 def test_the_peak_of_a_process_is_its_own():
     """A parent that holds much must not show in the child's peak, as it does in `ru_maxrss`."""
-    from benchmarks.prune_time import _memory
+    from benchmarks.contract import memory_of_process
 
     held = torch.ones(50_000_000)
-    code = "from benchmarks.prune_time import _memory; print(_memory('VmRSS'), _memory('VmHWM'))"
+    code = "from benchmarks.contract import memory_of_process as m; print(m('VmRSS'), m('VmHWM'))"
     light = "import torch; print([l for l in open('/proc/self/status') if 'VmHWM' in l][0].split()[1])"
     root = Path(contract.__file__).parents[1]
     resident, peak = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).split())
     alone = int(subprocess.check_output([sys.executable, "-c", light], text=True)) * 1024
     assert resident <= peak < alone + 0.5 * held.nbytes
-    assert _memory("VmHWM") >= held.nbytes
+    assert memory_of_process("VmHWM") >= held.nbytes
 
 
 def test_imports_are_read_from_pythons_own_report():

@@ -35,6 +35,10 @@ _PUBLIC = {
     "GraNet": "prunus.methods.granet",
     "ISSP": "prunus.methods.iss_p",
     "SRSTE": "prunus.methods.sr_ste",
+    "SoftBound": "prunus.methods.soft_bound",
+    "Chase": "prunus.methods.chase",
+    "MaskSparsity": "prunus.methods.mask_sparsity",
+    "GroupNorm": "prunus.methods.group_norm",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus import __version__
-from prunus.errors import InvalidValue, PrunusError, unknown
+from prunus.errors import DataDamaged, DataMissing, InvalidValue, PrunusError, unknown
 
 _EPILOG = """examples:
   prunus run                                   embedded digits, seven methods, about a minute, report at the end
@@ -20,13 +20,14 @@ _EPILOG = """examples:
   prunus resume runs/digits-1a2b3c4d           go on where a stopped or killed run was
   prunus ls methods                            what there is
   prunus explain rigl                          one method, its options and its source
+  prunus prune net.onnx --macs 0.5 -o small.onnx   really remove channels until half the arithmetic is left
 
 exit codes: 0 done, 2 bad usage, 3 failed, 4 an expectation missed, 5 damaged input, 75 stopped and resumable
 """
 
 _CATALOGS = {
     "methods": "prunus.methods.registry:METHODS",
-    "scores": "prunus.scores.registry:SCORES",
+    "scores": "prunus.structured.registry:EVERY_SCORE",
     "budgets": "prunus.budget.registry:BUDGETS",
     "models": "prunus.models.registry:MODELS",
     "datasets": "prunus.data.registry:DATASETS",
@@ -314,6 +315,135 @@ def _verify(known: argparse.Namespace) -> int:
     return 0 if verdict.sound else 5
 
 
+# -- prune ------------------------------------------------------------------------------------------------------
+
+
+def _prune_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = """examples:
+  prunus prune net.onnx --macs 0.5 -o small.onnx                 half the multiply-accumulates
+  prunus prune net.onnx --sparsity 0.3 --scope global -o small.onnx   the 30 % weakest channels of the whole net
+  prunus prune net.onnx --macs 0.5 --score wanda --calibration images.npz -o small.onnx
+  prunus prune vit.onnx --sparsity 0.25 --unit head -o small.onnx
+  prunus prune net.onnx --params 1500000 --round-to 8 --protect 'classifier*' -o small.onnx
+
+images.npz holds one array per input of the model, by its name: numpy.savez("images.npz", input=x).
+From PyTorch: torch.onnx.export(model, (x,), "net.onnx", dynamo=True). What was removed cannot be trained back in ONNX;
+prune the PyTorch model with prunus.prune to fine-tune it.
+"""
+    verb.add_argument("model", type=Path, help="ONNX file; it is not changed")
+    verb.add_argument("-o", "--output", type=Path, required=True, help="ONNX file to write")
+    target = verb.add_mutually_exclusive_group(required=True)
+    target.add_argument("--macs", help="multiply-accumulates that may remain: a share (0.5), or a number (120e6)")
+    target.add_argument("--params", help="parameters that may remain: a share, or a number")
+    target.add_argument("--sparsity", help="share of the units to remove")
+    verb.add_argument("--unit", default="channel", help="channel (default) or head")
+    verb.add_argument("--score", default="magnitude", help="magnitude (default), magnitude-squared, random, or wanda")
+    verb.add_argument("--scope", default="local", help="who competes: local (default), global or isomorphic")
+    verb.add_argument("--calibration", type=Path, help=".npz file of inputs, for wanda and for the proof")
+    verb.add_argument(
+        "--round-to", type=int, default=1, metavar="N", help="keep multiples of N units (8 suits kernels)"
+    )
+    verb.add_argument("--minimum", default="1", help="fewest units that stay in a family: a count, or a share (0.1)")
+    verb.add_argument(
+        "--protect", action="append", default=[], metavar="PATTERN", help="weights that stay (repeatable)"
+    )
+    verb.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        metavar="AXIS=N",
+        help="size of an axis the model leaves open (repeatable)",
+    )
+    verb.add_argument(
+        "--norms",
+        default="auto",
+        help="axes of layer norms: auto (default), whole (never cut), counted (cut, what went still counts), or anew",
+    )
+    verb.add_argument("--seed", type=int, default=0, help="of random scores and inputs (default 0)")
+    verb.add_argument("--no-verify", action="store_true", help="do not prove the cut in onnxruntime")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+    verb.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _prune(known: argparse.Namespace) -> int:
+    """Make an ONNX model really smaller: remove channels or heads with everything coupled to them.
+
+    The weakest units go until the target is met. The small model is proved in onnxruntime to give what the full one
+    gives with the removed weights at zero; what cannot be cut is left whole and named in the report.
+    """
+    if known.model.suffix != ".onnx":
+        raise InvalidValue(
+            f"{known.model} is not an .onnx file. The command line prunes ONNX models only, because weights alone "
+            "(.safetensors, .pt) do not say how the network computes; in Python, prunus.prune(model, "
+            "unit='channel', example=x) takes any PyTorch model."
+        )
+    if known.output.exists() and known.model.exists() and known.output.samefile(known.model):
+        raise InvalidValue(f"{known.output} is the model itself, which stays as it is; choose another output.")
+    from prunus.structured.onnx import prune_onnx
+
+    def tell(text: str) -> None:
+        if not known.quiet:
+            print(f"prunus: {text} ...", file=sys.stderr, flush=True)
+
+    small = prune_onnx(
+        known.model,
+        None if known.sparsity is None else _number("--sparsity", known.sparsity),
+        macs=None if known.macs is None else _number("--macs", known.macs),
+        params=None if known.params is None else _number("--params", known.params),
+        unit=known.unit,
+        score=known.score,
+        scope=known.scope,
+        minimum=_number("--minimum", known.minimum),
+        round_to=known.round_to,
+        protect=known.protect,
+        norms=known.norms,
+        inputs=None if known.calibration is None else _read_arrays(known.calibration),
+        sizes=_named_sizes(known.size),
+        seed=known.seed,
+        verify=not known.no_verify,
+        on_stage=tell,
+    )
+    small.save(known.output)
+    if known.json:
+        _print_json({"model": str(known.model), "output": str(known.output), "report": small.report.to_dict()})
+    else:
+        _say(str(small.report))
+        _say(f"wrote {known.output}")
+    return 0
+
+
+def _number(flag: str, text: str) -> int | float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise InvalidValue(f"{flag} {text!r} is not a number.") from None
+    return int(value) if value.is_integer() and "." not in text else value
+
+
+def _named_sizes(pairs: Sequence[str]) -> dict[str, int]:
+    sizes = {}
+    for pair in pairs:
+        name, _, size = pair.partition("=")
+        if not name or not size.isdigit():
+            raise InvalidValue(f"--size {pair!r} must be AXIS=N, such as sequence=128.")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    import zipfile
+
+    import numpy as np
+
+    if not path.is_file():
+        raise DataMissing(f"there is no file {path}; --calibration wants arrays saved with numpy.savez.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays.items())
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise DataDamaged(f"{path} holds no arrays saved with numpy.savez ({error}).") from error
+
+
 # -- ls, explain, new, doctor -----------------------------------------------------------------------------------
 
 
@@ -433,6 +563,7 @@ _VERBS: dict[str, Verb] = {
     "resume": (_resume, "go on with a stopped or killed run", _resume_arguments),
     "status": (_status, "show how far a run is", _folder_arguments),
     "verify": (_verify, "check every hash of a run folder or file", _folder_arguments),
+    "prune": (_prune, "make an ONNX model really smaller", _prune_arguments),
     "ls": (_ls, "list methods, scores, budgets, models, data sets, recipes", _ls_arguments),
     "explain": (_explain, "show what a name stands for, its options and source", _explain_arguments),
     "new": (_new, "write a recipe to start from", _new_arguments),

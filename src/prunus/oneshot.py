@@ -24,6 +24,7 @@ from prunus.keep import choose, read_data
 from prunus.masks import Masks
 from prunus.measure.pruning_report import PruningReport, compare
 from prunus.parameters import copied, parameters_of, prunable, unwrap
+from prunus.structured.registry import UNIT_SCORES
 from prunus.units import Structural, Unit
 from prunus.units import unit as unit_of
 
@@ -212,8 +213,9 @@ def prune(
         on_round: called as (round, rounds) after each scoring round, to show progress.
         inplace: prune `model` itself instead of a copy.
         measure: fill MACs and measured latency in the report (needs an example).
-        structural: for units that are removed: macs, params, bytes, latency_ms (targets instead of `sparsity`), scope,
-            pool, normalise, minimum, round_to, protect, norms, compensate, verify; see
+        structural: for units that are removed: macs, params, bytes, latency, latency_ms (targets instead of
+            `sparsity`), scope, pool, normalise, minimum, round_to, protect, norms, compensate, calibration, verify,
+            on_stage; see
             `prunus.structured.prune.prune_structured`. The options keep, budget, rounds, masks, include, exclude and
             on_round belong to units that are zeroed.
 
@@ -257,6 +259,9 @@ def prune(
             f"{next(iter(structural))} belongs to units that are removed; unit {what} is zeroed. Ask "
             'for unit="channel" (or "head", "layer"), or leave the option out.'
         )
+    if score in UNIT_SCORES:
+        info = UNIT_SCORES.entry(score)
+        raise InvalidValue(f"score {info.name!r} ranks whole units ({', '.join(info.units)}), not unit {what}.")
     addresses = prunable(model, include=include, exclude=exclude)
     device = next(iter(parameters_of(model, addresses).values())).device
     read = read_data(data, batches, example, device)

@@ -123,14 +123,19 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, replaced: Mapping[int, Tensor] | None = None) -> nn.Module:
     """Return a deep copy of `model`, also where modules carry computed tensors that `copy.deepcopy` refuses.
 
     Layers under torch.nn.utils.prune, weight_norm or spectral_norm hold their weight as the result of a computation,
     which they repeat before every call; the copy starts from its value.
+
+    Args:
+        model: the module to copy.
+        replaced: id of a tensor -> the tensor that the copy holds in its place, not copied.
     """
     computed = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None)
-    return copy.deepcopy(model, {id(v): v.detach().clone() for v in computed})
+    memo: dict[int, object] = {id(v): v.detach().clone() for v in computed}
+    return copy.deepcopy(model, memo | dict(replaced or {}))
 
 
 _RECURRENT_GATES = {"RNN": 1, "RNNCell": 1, "GRU": 3, "GRUCell": 3, "LSTM": 4, "LSTMCell": 4}

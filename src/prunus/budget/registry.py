@@ -66,5 +66,13 @@ BUDGETS: Catalog[BudgetInfo] = Catalog(
             "scores, calibration inputs",
             "rate_distortion",
         ),
+        _b(
+            "synexp",
+            "SynExp",
+            "layer",
+            "largest expected synaptic flow: as many weights in every tensor, small ones dense",
+            "Cai et al., 2022",
+            room="synexp",
+        ),
     ],
 )

@@ -104,6 +104,7 @@ class Coupling:
         return "\n".join(lines)
 
     def _gather(self, coupler: Coupler) -> tuple[tuple[Family, ...], dict[str, str]]:
+        self._of_weights = np.zeros(len(self._solution.left), dtype=bool)
         places: list[tuple[Value, int]] = []
         slot_of, position_of, leaf_of = [], [], []
         unprunable: dict[str, str] = {}
@@ -114,6 +115,7 @@ class Coupling:
                 if ids is None:
                     continue
                 position, leaf = self._leaves(ids)
+                self._of_weights[leaf] = True
                 free = self._solution.reason[leaf] < 0
                 if not free.any():
                     role = coupler.role.get((value.name, axis))
@@ -125,33 +127,52 @@ class Coupling:
                 position_of.append(position[free])
                 leaf_of.append(leaf[free])
                 places.append((value, axis))
+        self._pairs: set[tuple[int, int]] = set()
         if not places:
             return (), unprunable
         slot, position, leaf = (np.concatenate(a) for a in (slot_of, position_of, leaf_of))
         longest = int(position.max()) + 1
         _, first = np.unique((leaf * len(places) + slot) * longest + position, return_index=True)
         slot, position, leaf = slot[first], position[first], leaf[first]  # sorted by leaf, slot, position
+        # A unit that takes a whole axis with it can never go.
+        sizes = np.array([value.shape[axis] for value, axis in places])
+        pair = leaf * len(places) + slot
+        pairs, counts = np.unique(pair, return_counts=True)
+        emptying = np.unique(pairs[counts == sizes[pairs % len(places)]] // len(places))
+        stays = ~np.isin(leaf, emptying)
+        slot, position, leaf = slot[stays], position[stays], leaf[stays]
+        if not len(leaf):
+            return (), unprunable
         # Units with the same slots, each the same number of times, are siblings.
         weight = np.random.default_rng(0).integers(1, 1 << 62, len(places), dtype=np.uint64)
         leaves, start = np.unique(leaf, return_index=True)
         signature = np.add.reduceat(weight[slot], start)
         _, first_leaf, family_of = np.unique(signature, return_index=True, return_inverse=True)
+        family_of = _siblings(
+            family_of, np.repeat(np.arange(len(leaves)), np.diff(np.append(start, len(leaf)))), slot, position
+        )
+        _, first_leaf, family_of = np.unique(family_of, return_index=True, return_inverse=True)
         order = np.argsort(np.argsort(first_leaf))
         family_of = order[family_of]
-        family_of_entry = np.repeat(family_of, np.diff(np.append(start, len(leaf))))
+        entries = np.repeat(family_of, np.diff(np.append(start, len(leaf))))
+        self._pairs = _meeting(slot * longest + position, entries)
+        by_family = np.argsort(entries * len(places) + slot, kind="stable")  # within: by leaf, then position
+        entries, slot, position = entries[by_family], slot[by_family], position[by_family]
+        cut = np.flatnonzero(np.diff(entries * len(places) + slot)) + 1
+        pieces: list[list[tuple[int, Ids]]] = [[] for _ in first_leaf]
+        for begin, piece in zip(np.append(0, cut), np.split(position, cut), strict=True):
+            pieces[int(entries[begin])].append((int(slot[begin]), piece))
+        members_of = np.split(leaves[np.argsort(family_of, kind="stable")], np.cumsum(np.bincount(family_of))[:-1])
         families: list[Family] = []
         used: dict[str, int] = {}
-        for number in range(len(first_leaf)):
-            mine = family_of_entry == number
-            members = leaves[family_of == number]
+        for members, mine in zip(members_of, pieces, strict=True):
             slots = []
-            for which in np.unique(slot[mine]):
+            for which, piece in mine:
                 value, axis = places[which]
-                index = position[mine & (slot == which)].reshape(len(members), -1)
                 role = coupler.role.get((value.name, axis), "other")
-                slots.append(Slot(value.name, axis, index, role, value.shape))
-            outputs = [s for s in slots if s.role == "output"] or slots
-            name = f"{outputs[0].tensor}:{outputs[0].axis}"
+                slots.append(Slot(value.name, axis, piece.reshape(len(members), -1), role, value.shape))
+            first_slot = next((s for s in slots if s.role == "output"), slots[0])
+            name = f"{first_slot.tensor}:{first_slot.axis}"
             used[name] = used.get(name, 0) + 1
             name = name if used[name] == 1 else f"{name}#{used[name]}"
             kind = "head" if self._solution.heads[members].any() else "channel"
@@ -167,23 +188,11 @@ class Coupling:
     @cached_property
     def conflicts(self) -> dict[str, frozenset[str]]:
         """Families that cut the same axis as factors of one product (heads and features of a head)."""
-        cutting: dict[tuple[str, int], list[Family]] = {}
-        for family in self.families:
-            for slot in family.slots:
-                cutting.setdefault((slot.tensor, slot.axis), []).append(family)
         result: dict[str, set[str]] = {f.name: set() for f in self.families}
-        for (tensor, axis), rivals in cutting.items():
-            if len(rivals) < 2:
-                continue
-            covered = {
-                f.name: np.unique(next(s for s in f.slots if (s.tensor, s.axis) == (tensor, axis)).index)
-                for f in rivals
-            }
-            for i, a in enumerate(rivals):
-                for b in rivals[i + 1 :]:
-                    if b.name not in result[a.name] and len(np.intersect1d(covered[a.name], covered[b.name])):
-                        result[a.name].add(b.name)
-                        result[b.name].add(a.name)
+        for a, b in self._pairs:
+            one, other = self.families[a].name, self.families[b].name
+            result[one].add(other)
+            result[other].add(one)
         return {name: frozenset(others) for name, others in result.items()}
 
     def primary(self) -> tuple[Family, ...]:
@@ -232,6 +241,12 @@ class Coupling:
         stays = np.ones(len(ids), dtype=bool)
         stays[position[gone[leaf]]] = False
         return stays
+
+    def from_weights(self, value: Value, axis: int) -> bool:
+        """Return whether the size of an axis is that of (a factor of) an axis of some weight, not of the input."""
+        axes = self._axes.get(value.index)
+        ids = axes[axis] if axes is not None else None
+        return ids is not None and bool(self._of_weights[self._leaves(ids)[1]].any())
 
     def stays(self, value: Value, axis: int, gone: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """Return which positions of an axis of a value stay; None where the axis is never cut."""
@@ -290,7 +305,48 @@ class Coupling:
         return sum(int(np.prod(shapes[v.index], dtype=np.int64)) for v in self.graph.values if v.kind == "parameter")
 
 
+def _meeting(place: Ids, family: Ids) -> set[tuple[int, int]]:
+    """Return the pairs of families that have an entry at the same place."""
+    order = np.argsort(place, kind="stable")
+    place, family = place[order], family[order]
+    pairs: set[tuple[int, int]] = set()
+    for distance in range(1, len(place)):
+        same = place[distance:] == place[:-distance]
+        if not same.any():
+            break
+        left, right = family[:-distance][same], family[distance:][same]
+        for a, b in np.unique(np.stack([left, right], 1), axis=0):
+            if a != b:
+                pairs.add((int(a), int(b)))
+    return pairs
+
+
 NORMS = ("whole", "counted", "anew")
+
+
+def _siblings(family_of: Ids, unit: Ids, slot: Ids, position: Ids) -> Ids:
+    """Tell apart units of one form that cross each other, such as rows and columns of a square.
+
+    Units that overlap wherever they are cross; ones that keep apart somewhere (as in an outer product) do not.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    result = family_of * (len(family_of) + 1)
+    family = family_of[unit]
+    order = np.lexsort((position, slot, family))
+    f, s, p = family[order], slot[order], position[order]
+    twice = (f[1:] == f[:-1]) & (s[1:] == s[:-1]) & (p[1:] == p[:-1])
+    for number in np.unique(f[1:][twice]):
+        members = np.flatnonzero(family_of == number)
+        apart = np.zeros((len(members), len(members)), dtype=bool)
+        for which in np.unique(slot[family == number]):
+            mine = (family == number) & (slot == which)
+            place = np.unique(position[mine], return_inverse=True)[1]
+            table = np.zeros((len(members), place.max() + 1), dtype=np.float32)
+            table[np.searchsorted(members, unit[mine]), place] = 1
+            apart |= table @ table.T == 0
+        result[members] += connected_components(apart, directed=False)[1]
+    return result
 
 
 def couple(graph: Graph, *, norms: str = "whole") -> Coupling:

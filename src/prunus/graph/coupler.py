@@ -69,10 +69,22 @@ class Coupler:
             for output in node.outputs:
                 if output is not None and output.index not in self.axes:
                     self.put(output, [None] * len(output.shape))
+            if node.inplace:
+                self._written(node)
         self.node = None
         for value in self.graph.outputs:
             for ids in self.of(value):
                 self.fix(ids, "an output of the model")
+
+    def _written(self, node: Node) -> None:
+        """Forget that views of memory are zero where an operator wrote something else into it."""
+        written = [o for o in node.outputs if o is not None and o.memory]
+        for output in written:
+            lost = any(a is not None and not z for a, z in zip(self.axes[output.index], self.zero[output.index]))
+            if lost or all(a is None for a in self.axes[output.index]):
+                for value in self.graph.values[: output.index]:
+                    if value.memory == output.memory and value.index in self.zero:
+                        self.zero[value.index] = [False] * len(value.shape)
 
     def of(self, value: Value) -> Axes:
         """Return the elements of each axis of a value; stored tensors get theirs on first use."""
@@ -180,6 +192,8 @@ class Coupler:
 
     def cost(self, constant: int, *axes: tuple[Ids | None, int]) -> None:
         """Count constant x (kept positions of each axis) multiply-accumulates."""
+        if self.node is not None and self.node.training:
+            return
         for ids, size in axes:
             if ids is None:
                 constant *= size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -23,10 +24,13 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def slice_tensors(model: nn.Module, indices: Indices) -> None:
-    """Replace tensors by their kept slices, under every name they have; all are made before the first is replaced."""
+def sliced(model: nn.Module, indices: Indices) -> dict[int, Tensor]:
+    """Return the kept slices of tensors, by the id of the tensor they replace.
+
+    Raises:
+        MaskMismatch: the model has no tensor of such a name.
+    """
     tensors = stored_tensors(model)
-    touched: list[Any] = []
     per_tensor: dict[str, list[tuple[int, Any]]] = {}
     for key, kept in indices.items():
         name, _, place = key.rpartition(":")
@@ -38,16 +42,24 @@ def slice_tensors(model: nn.Module, indices: Indices) -> None:
         for name, cuts in per_tensor.items():
             old = tensors[name]
             new = old.detach()
-            for axis, kept in cuts:
+            # The axis that loses most goes first, so that the others copy less.
+            for axis, kept in sorted(cuts, key=lambda cut: len(cut[1]) / old.shape[cut[0]]):
                 new = new.index_select(axis, torch.as_tensor(np.asarray(kept), device=new.device))
-            if new is old or not new.is_contiguous():
-                new = new.clone(memory_format=torch.contiguous_format)
             made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return made
+
+
+def put(model: nn.Module, made: Mapping[int, Tensor]) -> None:
+    """Put tensors in place of those with the given ids, under every name they have, and refresh what holds them."""
+    new = {id(t) for t in made.values()}
+    touched: list[Any] = []
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, value in store.items():
                 if value is not None and id(value) in made:
                     store[key] = made[id(value)]  # type: ignore[assignment]
+                    touched.append(module)
+                elif value is not None and id(value) in new:
                     touched.append(module)
     for module in dict.fromkeys(touched):
         refresh(module)
@@ -85,6 +97,8 @@ def refresh(module: Any) -> None:
         gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
         module.hidden_size = cast(Tensor, module.weight_hh_l0).shape[0] // gates
         module.input_size = cast(Tensor, module.weight_ih_l0).shape[1]
+        if module.proj_size:
+            module.proj_size = cast(Tensor, module.weight_hr_l0).shape[0]
         module._flat_weights = [getattr(module, n) if hasattr(module, n) else None for n in module._flat_weights_names]
         module.flatten_parameters()
     elif isinstance(module, nn.RNNCellBase):
@@ -154,9 +168,17 @@ def _with_item(sequence: Any, position: int, number: int) -> Any:
 
 
 def replace_by_identity(model: nn.Module, paths: Iterable[str]) -> None:
-    """Put `nn.Identity` in place of modules."""
+    """Put the identity of the first argument in place of modules."""
     for path in paths:
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
-        model.get_submodule(path)
-        setattr(holder, name, nn.Identity())
+        takes = inspect.signature(type(model.get_submodule(path)).forward).parameters
+        setattr(holder, name, nn.Identity() if len(takes) == 2 else Passing())
+
+
+class Passing(nn.Identity):
+    """Returns the first of its arguments; in place of blocks that are called with masks or positions besides."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return `input`."""
+        return input

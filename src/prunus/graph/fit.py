@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,21 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from prunus.errors import InvalidValue
 from prunus.graph.couple import Coupling, Keep
-from prunus.graph.edit import matching
+from prunus.graph.edit import matching, put, stored_tensors
 from prunus.graph.ir import Graph, Node, Value
 from prunus.graph.plan import Plan
 from prunus.graph.record import Failed, run_once
-from prunus.parameters import copied
 
 EXACT = 1e-4  # relative difference up to which removing counts as equal to masking in float32
 
-# How a size fixed in code is changed: the number that the module remembers, or, where there is none or it serves
-# something else too, the size itself in the call that spells it out.
-_TACTICS = ("remembered", "spelled")
+
+def tolerance(model: nn.Module) -> float:
+    """Return the relative difference up to which removing counts as equal to masking, for the model's precision."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if kinds & {torch.float16, torch.bfloat16}:
+        return 5e-2
+    return EXACT if torch.float32 in kinds else 1e-9
+
+
+# How a size fixed in code is changed: not at all, if the code follows by itself; by the number that the module
+# remembers; or, where there is none or it serves something else too, in the call that spells it out.
+_TACTICS = ("nothing", "remembered", "spelled")
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ def fit(coupling: Coupling, keep: Keep) -> Plan:
     keep = {n: k for n, k in keep.items() if not k.all()}
     modules = dict(model.named_modules())
     blocked: dict[str, str] = {}
-    tactics: dict[type, int] = {}  # per class of module, where numbers are looked for; all alike share one
+    attempts: list[Plan] = []
+    tactics: dict[type, int] = {}  # per class of module, how sizes are changed; all alike share one
     while True:
         wanted = _constants(coupling, keep, modules, tactics)
         spelled = _spelled_sizes(coupling, keep, modules, tactics)
@@ -57,33 +67,40 @@ def fit(coupling: Coupling, keep: Keep) -> Plan:
         trouble = _try(coupling, plan, keep)
         if trouble is None:
             return plan
+        attempts.append(plan)
         if not keep:
             raise InvalidValue(f"the model does not repeat its own forward: {trouble.reason}")
         node = graph.nodes[min(trouble.node, len(graph.nodes) - 1)]
         # First doubt the numbers that were set in the failing module and those around it, then the cut itself.
-        doubted = _doubted(trouble.path, modules, tactics)
-        for kind in doubted:
-            tactics[kind] = 1
-            if (
-                _constants(coupling, keep, modules, tactics) != wanted
-                or _spelled_sizes(coupling, keep, modules, tactics) != spelled
-            ):
-                break
+        for kind in _around(trouble.path, modules):
+            while tactics.get(kind, 0) + 1 < len(_TACTICS):
+                tactics[kind] = tactics.get(kind, 0) + 1
+                if (
+                    _constants(coupling, keep, modules, tactics) != wanted
+                    or _spelled_sizes(coupling, keep, modules, tactics) != spelled
+                ):
+                    break
+            else:
+                continue
+            break
         else:
-            if _runs_for_real(graph, plan):
-                return plan
+            for attempt in attempts:
+                if _runs_for_real(graph, attempt):
+                    return attempt
+            attempts.clear()
+            tactics.clear()
             for name in _blamed(coupling, keep, node):
                 blocked[name] = trouble.reason
                 keep = {n: k for n, k in keep.items() if n != name}
 
 
-def _doubted(path: str, modules: Mapping[str, nn.Module], tactics: Mapping[type, int]) -> list[type]:
-    """Return the classes of the module at `path` and those around it whose remembered numbers are still relied on."""
+def _around(path: str, modules: Mapping[str, nn.Module]) -> list[type]:
+    """Return the classes of the module at `path` and of those around it, innermost first."""
     kinds = [type(modules[path])]
     while path:
         path = path.rpartition(".")[0]
         kinds.append(type(modules[path]))
-    return [k for k in dict.fromkeys(kinds) if tactics.get(k, 0) == 0]
+    return list(dict.fromkeys(kinds))
 
 
 def _as_bool(mask: Any) -> NDArray[np.bool_]:
@@ -141,7 +158,8 @@ def _constants(
                 if output is not None:
                     sized(node.module, output, frozenset())
     for call in coupling.graph.calls:
-        sized(call.module, call.value, call.adapts)
+        if not call.averaged and not call.ranges:
+            sized(call.module, call.value, call.adapts)
     return result
 
 
@@ -175,9 +193,14 @@ def _spelled_sizes(
                 result.setdefault(call.module, {})[f"{call.number}.count.{axis}"] = len(stays)
         if _TACTICS[tactics.get(type(modules[call.module]), 0)] != "spelled":
             continue
-        for axis, (old, new) in enumerate(zip(call.value.shape, shapes[call.value.index], strict=True)):
-            if old != new:
-                result.setdefault(call.module, {})[f"{call.number}.{call.place}.{axis}"] = new
+        if not call.averaged and not call.ranges:
+            new = shapes[call.value.index]
+            axes = [i for i in range(len(new)) if i not in call.adapts]
+            if any(new[i] != call.value.shape[i] for i in axes):
+                # A size that should stay may be computed from one that changes, so all that weights decide are set.
+                for i in axes:
+                    if new[i] != call.value.shape[i] or coupling.from_weights(call.value, i):
+                        result.setdefault(call.module, {})[f"{call.number}.{call.place}.{i}"] = new[i]
         for axis, start, stop in call.ranges:
             stays = coupling.stays(call.source, axis, gone) if call.source is not None else None
             if stays is not None and not stays.all():
@@ -191,11 +214,13 @@ def _try(coupling: Coupling, plan: Plan, keep: Keep) -> _Trouble | None:
     """Run the cut model on meta tensors (or for real, if only that works) and compare shapes operator by operator."""
     graph = coupling.graph
     meta = graph.source == "meta"
-    model = graph.model
-    trial = plan.apply(skeleton(model) if meta else copied(model), inplace=True)
     predicted = coupling.shapes(keep)
     try:
-        found, _ = run_once(trial, graph.example, meta=meta)
+        if meta:
+            with tried_on(graph.model, plan):
+                found, _ = run_once(graph.model, graph.example, meta=True, train_too=graph.train_too)
+        else:
+            found, _ = run_once(plan.apply(graph.model), graph.example, meta=False)
     except Failed as error:
         nodes = error.graph.nodes
         matched = _first_difference(graph, nodes, predicted, partial=True)
@@ -203,7 +228,7 @@ def _try(coupling: Coupling, plan: Plan, keep: Keep) -> _Trouble | None:
         place = _failing(coupling, keep, graph, matched, error.path)
         return _Trouble(place, error.path, f"{graph.nodes[place]} cannot run with the cut size: {error}")
     matched = _first_difference(graph, found.nodes, predicted)
-    if matched is None or _same_numbers(graph, plan, found):
+    if matched is None:
         return None
     module = graph.nodes[matched].module
     return _Trouble(
@@ -214,25 +239,16 @@ def _try(coupling: Coupling, plan: Plan, keep: Keep) -> _Trouble | None:
 
 
 def _runs_for_real(graph: Graph, plan: Plan) -> bool:
-    """Return whether a cut that failed without numbers works with them: kernels differ between the two."""
-    if graph.source != "meta" or any(t.is_meta for t in (*graph.model.parameters(), *graph.model.buffers())):
-        return False
-    try:
-        return plan.verify(graph.model, graph.example) <= EXACT
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError):
-        return False
+    """Return whether a cut that failed, or ran other operators, gives the outputs of the masked model all the same.
 
-
-def _same_numbers(graph: Graph, plan: Plan, found: Graph) -> bool:
-    """Return whether a cut that ran other operators gives the outputs of the masked model all the same.
-
-    Products with an axis of one position are computed by other operators; the numbers decide then.
+    Kernels differ with and without numbers, and products with an axis of one position are computed by other operators.
     """
-    if [v.shape for v in found.outputs] != [v.shape for v in graph.outputs]:
-        return False
     if any(t.is_meta for t in (*graph.model.parameters(), *graph.model.buffers())):
         return False
-    return plan.verify(graph.model, graph.example) <= EXACT
+    try:
+        return plan.verify(graph.model, graph.example) <= tolerance(graph.model)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError):
+        return False
 
 
 # Whether these run depends on strides, which a cut may simplify.
@@ -274,12 +290,21 @@ def _first_difference(
     for (number, wanted), found in zip(expected, present, strict=False):
         if wanted.op != found.op or len(wanted.outputs) != len(found.outputs):
             return number
+        if _numbers(wanted) != _numbers(found):
+            return number
         for a, b in zip(wanted.outputs, found.outputs, strict=True):
             if a is not None and a.index in used and (b is None or predicted[a.index] != b.shape):
                 return number
     if len(present) != len(expected) or partial:
         return expected[min(len(present), len(expected) - 1)][0]
     return None
+
+
+def _numbers(node: Node) -> list[float]:
+    """Return the numbers that an operator computes with; sizes and axes are not among them."""
+    whole_too = node.op in ("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "remainder")
+    given = node.args.values()
+    return [float(a) for a in given if isinstance(a, float) or (whole_too and type(a) is int)]
 
 
 def _failing(coupling: Coupling, keep: Keep, graph: Graph, place: int, path: str) -> int:
@@ -326,16 +351,30 @@ def _families_at(coupling: Coupling, keep: Keep, node: Node) -> set[str]:
     return coupling.families_on(values) & set(keep)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """Return a copy of the module structure whose tensors hold no numbers."""
-    import copy
-
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for value in store.values():
-                if value is not None and id(value) not in memo:
-                    empty = torch.empty_like(value.detach(), device="meta")
-                    is_parameter = isinstance(value, nn.Parameter)
-                    memo[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+@contextlib.contextmanager
+def tried_on(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Give the model the shape of a plan meanwhile, with tensors that hold no numbers; everything is put back after."""
+    made: dict[int, Tensor] = {}
+    for name, tensor in stored_tensors(model).items():
+        if name in plan.shapes:
+            empty = torch.empty(plan.cut_shape(name), dtype=tensor.dtype, device="meta")
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    named = {*plan.attributes, *plan.sizes}
+    before = []
+    for path, module in model.named_modules():
+        stores = [*module._parameters.values(), *module._buffers.values()]
+        if path in named or any(id(t) in made for t in stores):
+            before.append((module, type(module), dict(vars(module)), dict(module._parameters), dict(module._buffers)))
+    try:
+        put(model, made)
+        plan.set_numbers(model)
+        yield
+    finally:
+        for module, kind, attributes, parameters, buffers in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -17,6 +17,7 @@ class Value:
         kind: "input", "parameter", "buffer", "constant" (made outside the graph, not registered) or "activation".
         name: name in `named_parameters` / `named_buffers` (of an initialiser in ONNX); "" otherwise.
         floating: whether its dtype is floating point or complex.
+        memory: number of the memory it lies in; values with the same one are views of each other. 0: not known.
     """
 
     index: int
@@ -24,6 +25,7 @@ class Value:
     kind: str = "activation"
     name: str = ""
     floating: bool = True
+    memory: int = 0
 
     @property
     def stored(self) -> bool:
@@ -42,6 +44,7 @@ class Node:
         module: path of the innermost module that was running.
         inplace: whether it wrote into its first argument.
         spelled: name of the Python call it came from, if that takes sizes or counts (see `prunus.graph.sizes`).
+        training: whether it ran in the additional pass in train mode.
     """
 
     op: str
@@ -50,6 +53,7 @@ class Node:
     module: str = ""
     inplace: bool = False
     spelled: str = ""
+    training: bool = False
 
     def inputs(self) -> Iterator[Value]:
         """Yield every tensor argument, lists flattened."""
@@ -96,6 +100,7 @@ class Graph:
         source: "meta", "real" or "onnx": how it was read.
         notes: what the reader of a report should know, such as control flow that depends on data.
         calls: Python calls that spell sizes out.
+        train_too: whether the operators of a pass in train mode follow those in eval mode.
         model, example: what it was read from, where that was a module.
     """
 
@@ -105,6 +110,7 @@ class Graph:
     source: str = "meta"
     notes: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    train_too: bool = False
     model: Any = None
     example: Any = None
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from prunus.errors import DamagedFile, MaskMismatch
+from prunus.errors import DamagedFile, InvalidValue, MaskMismatch
 from prunus.files import write_atomic
-from prunus.graph.edit import replace_by_identity, set_attribute, slice_tensors, stored_tensors
+from prunus.graph.edit import put, replace_by_identity, set_attribute, sliced, stored_tensors
 from prunus.graph.record import arguments, plain_forward
+from prunus.graph.routers import silence
 from prunus.graph.sizes import spell_sizes
 from prunus.parameters import copied, unwrap
 
@@ -38,6 +39,7 @@ class Plan:
         families: family name -> kept units; what was decided, for reports.
         blocked: family name -> why it was left whole although it was asked for.
         sizes: module path -> {"call.place.axis": the new size} for sizes fixed in code (see `prunus.graph.sizes`).
+        routers: weights and biases whose rows send tokens to experts; a masked expert is one that is never chosen.
     """
 
     keep: dict[str, list[int]] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Plan:
     families: dict[str, list[int]] = field(default_factory=dict)
     blocked: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    routers: list[str] = field(default_factory=list)
 
     @classmethod
     def from_keep(cls, coupling: Coupling, keep: Keep) -> Plan:
@@ -102,20 +105,28 @@ class Plan:
         """
         bare = unwrap(model)
         self.check(bare)
-        small = bare if inplace else copied(bare)
-        slice_tensors(small, {k: np.asarray(v, dtype=np.int64) for k, v in self.keep.items()})
-        for path, numbers in self.attributes.items():
-            module = small.get_submodule(path)
-            for spelling, number in numbers.items():
-                set_attribute(module, spelling, number)
-        for path, numbers in self.sizes.items():
-            spell_sizes(small.get_submodule(path), numbers)
+        made = sliced(bare, {k: np.asarray(v, dtype=np.int64) for k, v in self.keep.items()})
+        small = bare if inplace else copied(bare, made)
+        put(small, made)
+        self.set_numbers(small)
         replace_by_identity(small, self.removed_modules)
         return small
 
+    def set_numbers(self, model: nn.Module) -> None:
+        """Set what modules remember, and the sizes their code spells, to what the cut needs; in place."""
+        for path, numbers in self.attributes.items():
+            module = model.get_submodule(path)
+            for spelling, number in numbers.items():
+                set_attribute(module, spelling, number)
+        for path, numbers in self.sizes.items():
+            spell_sizes(model.get_submodule(path), numbers)
+
     @torch.no_grad()
     def mask(self, model: nn.Module) -> nn.Module:
-        """Return a copy of full size in which everything the plan removes is zero: weights, biases, norms, means."""
+        """Return a copy of full size in which everything the plan removes is zero: weights, biases, norms, means.
+
+        Removed experts have the router's logit minus infinity besides.
+        """
         bare = unwrap(model)
         self.check(bare)
         masked = copied(bare)
@@ -127,7 +138,11 @@ class Plan:
                 continue
             gone = torch.ones(tensor.shape[int(axis)], dtype=torch.bool)
             gone[torch.tensor(kept, dtype=torch.int64)] = False
-            tensor.index_fill_(int(axis), gone.nonzero()[:, 0].to(tensor.device), 0)
+            never = name in self.routers and tensor.ndim == 1
+            tensor.index_fill_(int(axis), gone.nonzero()[:, 0].to(tensor.device), float("-inf") if never else 0.0)
+            if name in self.routers and tensor.ndim > 1:
+                path, _, own = name.rpartition(".")
+                silence(masked.get_submodule(path), own, gone.nonzero()[:, 0].tolist())
         replace_by_identity(masked, self.removed_modules)
         return masked
 
@@ -136,6 +151,9 @@ class Plan:
 
         Both run in eval mode on `example`. An exact cut gives rounding error only (below about 1e-5 in float32); NaN
         in one and not in the other gives infinity.
+
+        Raises:
+            InvalidValue: the outputs hold no finite number, so they prove nothing.
         """
         args, kwargs = arguments(example)
         small, masked = self.apply(model), self.mask(model)
@@ -146,7 +164,13 @@ class Plan:
         return difference(*results)
 
     def then(self, later: Plan) -> Plan:
-        """Return one plan that does what this one and then `later` (made for the small model) does."""
+        """Return one plan that does what this one and then `later` (made for the small model) does.
+
+        Families are named after what they cut in their own model, so the joint plan lists none.
+
+        Raises:
+            MaskMismatch: `later` was made for another model than the one this plan leaves.
+        """
         keep = {k: list(v) for k, v in self.keep.items()}
         shapes = {k: list(v) for k, v in self.shapes.items()}
         for name, shape in later.shapes.items():
@@ -161,14 +185,12 @@ class Plan:
         attributes = {p: dict(a) for p, a in self.attributes.items()}
         for path, numbers in later.attributes.items():
             attributes.setdefault(path, {}).update(numbers)
-        families = dict(self.families)
-        for name, kept in later.families.items():
-            families[name] = [families[name][i] for i in kept] if name in families else list(kept)
         removed = [*self.removed_modules, *later.removed_modules]
         sizes = {p: dict(s) for p, s in self.sizes.items()}
         for path, numbers in later.sizes.items():
             sizes.setdefault(path, {}).update(numbers)
-        return Plan(keep, shapes, attributes, removed, families, self.blocked | later.blocked, sizes)
+        routers = list(dict.fromkeys([*self.routers, *later.routers]))
+        return Plan(keep, shapes, attributes, removed, {}, self.blocked | later.blocked, sizes, routers)
 
     def without_modules(self, paths: list[str]) -> Plan:
         """Return the plan that also replaces modules by identity."""
@@ -200,6 +222,7 @@ class Plan:
                 {str(k): [int(i) for i in v] for k, v in data["families"].items()},
                 {str(k): str(v) for k, v in data["blocked"].items()},
                 {str(k): {str(a): int(n) for a, n in v.items()} for k, v in data["sizes"].items()},
+                [str(n) for n in data.get("routers", [])],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(f"this is not a plan ({type(error).__name__}: {error}).") from error
@@ -223,7 +246,7 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     """Return the largest |expected - found| over the largest |expected|; infinity for unlike shapes."""
     if len(expected) != len(found):
         return float("inf")
-    worst = 0.0
+    worst, compared = 0.0, False
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape:
             return float("inf")
@@ -235,5 +258,8 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
             return float("inf")
         a, b = a[finite].double(), b[finite].double()
         if a.numel():
+            compared = True
             worst = max(worst, float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30))
+    if not compared:
+        raise InvalidValue("the outputs hold no finite number, so they prove nothing; give another example input.")
     return worst

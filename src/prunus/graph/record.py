@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -35,6 +36,26 @@ def _argument_names(function: Any) -> tuple[str, ...]:
     return names
 
 
+_UNARY = {"relu", "relu6", "silu", "gelu", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu"}
+
+
+def _shortcut(name: str, args: Any) -> Any:
+    """Return the result of common operators on meta tensors, whose own shape functions are slow; None for others."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    first = args[0]
+    if name in _UNARY:
+        return first.new_empty(first.shape)
+    if name.endswith("_") and name[:-1] in _UNARY:
+        return first
+    if name in ("add", "add_", "mul", "mul_") and len(args) == 2 and isinstance(args[1], Tensor):
+        if args[1].shape == first.shape and args[1].dtype == first.dtype:
+            return first if name.endswith("_") else first.new_empty(first.shape)
+    elif name == "native_batch_norm":
+        return first.new_empty(first.shape), first.new_empty(0), first.new_empty(0)
+    return None
+
+
 class _Recorder(TorchDispatchMode):
     """Writes each dispatched operator into a graph; tensors are known by identity and kept alive meanwhile."""
 
@@ -47,8 +68,11 @@ class _Recorder(TorchDispatchMode):
         self.counters: list[list[int]] = [[0]]
         self.paused = 0
         self.spelled = ""
+        self.training = False
 
     def register(self, tensor: Tensor, value: Value) -> Value:
+        if tensor.layout == torch.strided:
+            value.memory = tensor.untyped_storage()._cdata
         self.known[id(tensor)] = value
         self.alive.append(tensor)
         return value
@@ -71,8 +95,10 @@ class _Recorder(TorchDispatchMode):
         # Arguments are read first: an operator in place makes its tensor a new value.
         named = {n: self.look_up(a) for n, a in zip(_argument_names(function), args, strict=False)}
         named.update((n, self.look_up(a)) for n, a in kwargs.items())
-        result = function(*args, **kwargs)
         name = function.__name__.partition(".")[0]
+        result = _shortcut(name, args) if self.graph.source == "meta" and not kwargs else None
+        if result is None:
+            result = function(*args, **kwargs)
         if name in _QUIET:
             return result
         inplace = function._schema.is_mutable
@@ -88,7 +114,7 @@ class _Recorder(TorchDispatchMode):
             name = f"{function.namespace}.{name}"
         if inplace and name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
-        self.graph.nodes.append(Node(name, named, tuple(outputs), self.path[-1], inplace, self.spelled))
+        self.graph.nodes.append(Node(name, named, tuple(outputs), self.path[-1], inplace, self.spelled, self.training))
         return result
 
 
@@ -114,7 +140,9 @@ class _Functions(TorchFunctionMode):
                 result = function(*args, **kwargs)
             finally:
                 recorder.spelled = outer
-            source, ranges, averaged = None, (), averaged_axes(function, args, kwargs)
+            source: Value | None = None
+            ranges: tuple[tuple[int, int, int], ...] = ()
+            averaged = averaged_axes(function, args, kwargs)
             if function.__name__ == "__getitem__":
                 ranges = tuple(ranges_of(*args))
                 if not ranges:
@@ -198,11 +226,11 @@ def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients and without the fused paths that hide a module's parts."""
+def plain_forward(model: nn.Module, *, train: bool = False) -> Iterator[None]:
+    """Eval (or train) mode without gradients and without the fused paths that hide a module's parts."""
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
+    model.train(train)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -238,11 +266,52 @@ class Failed(Unsupported):
     path: str
 
 
-def run_once(model: nn.Module, example: Any, *, meta: bool, keep: bool = True) -> tuple[Graph, Any]:
-    """Record one forward pass and return (graph, output); raises `Failed` from what the forward raised."""
+def run_once(model: nn.Module, example: Any, *, meta: bool, train_too: bool = False) -> tuple[Graph, Any]:
+    """Record one forward pass in eval mode and return (graph, output); raises `Failed` from what the forward raised.
+
+    Args:
+        model: the module.
+        example: its input.
+        meta: compute shapes only.
+        train_too: add the operators of a second pass in train mode, for modules that run only then (auxiliary heads).
+    """
     args, kwargs = arguments(example)
-    graph = Graph(source="meta" if meta else "real")
+    graph = Graph(source="meta" if meta else "real", train_too=train_too)
     recorder = _Recorder(graph)
+    replacement = _stand_ins(model, graph, recorder, meta)
+
+    def moved(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        item = item.to("meta") if meta else item.detach().clone()
+        recorder.register(item, graph.value(tuple(item.shape), "input", floating=item.is_floating_point()))
+        return item
+
+    output: Any = None
+    for train in (False, True) if train_too else (False,):
+        recorder.training = train
+        inputs = tree_map(moved, (args, kwargs))
+        try:
+            with (
+                plain_forward(model, train=train),
+                headwise(model),
+                swapped(model, replacement),
+                _paths(model, recorder),
+                recorder,
+                _Functions(recorder),
+            ):
+                output = model(*inputs[0], **inputs[1])
+        except Exception as error:
+            failed = Failed(f"{type(error).__name__} in {recorder.path[-1] or type(model).__name__}: {error}")
+            failed.graph, failed.path = graph, recorder.path[-1]
+            raise failed from error
+        known = (recorder.known.get(id(item)) for item in tree_flatten(output)[0] if isinstance(item, Tensor))
+        graph.outputs += [v for v in dict.fromkeys(known) if v is not None and v not in graph.outputs]
+    return graph, output
+
+
+def _stand_ins(model: nn.Module, graph: Graph, recorder: _Recorder, meta: bool) -> dict[str, Tensor]:
+    """Make every stored tensor a value of the graph; return its stand-ins without numbers by all names if `meta`."""
     replacement: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -250,48 +319,17 @@ def run_once(model: nn.Module, example: Any, *, meta: bool, keep: bool = True) -
     for kind, tensors in (("parameter", parameters), ("buffer", buffers)):
         for name, tensor in tensors.items():
             first = names.setdefault(id(tensor), name)
-            stand_in = tensor.detach()
-            if meta:
-                stand_in = replacement[first] if first in replacement else torch.empty_like(stand_in, device="meta")
-                if isinstance(tensor, nn.Parameter):
-                    stand_in = nn.Parameter(stand_in, requires_grad=False) if first == name else stand_in
-                replacement[name] = stand_in
+            if meta and first == name:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                replacement[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+            elif meta:
+                replacement[name] = replacement[first]
             if first == name:
                 floating = tensor.is_floating_point() or tensor.is_complex()
-                recorder.register(stand_in if meta else tensor, graph.value(tuple(tensor.shape), kind, name, floating))
-
-    def moved(item: Any) -> Any:
-        if not isinstance(item, Tensor):
-            return item
-        if meta:
-            item = item.to("meta")
-        else:
-            item = item.detach().clone()
-        recorder.register(item, graph.value(tuple(item.shape), "input", floating=item.is_floating_point()))
-        return item
-
-    args, kwargs = tree_map(moved, (args, kwargs))
-    try:
-        with (
-            plain_forward(model),
-            headwise(model),
-            swapped(model, replacement),
-            _paths(model, recorder),
-            recorder,
-            _Functions(recorder),
-        ):
-            output = model(*args, **kwargs)
-    except Exception as error:
-        failed = Failed(f"{type(error).__name__} in {recorder.path[-1] or type(model).__name__}: {error}")
-        failed.graph, failed.path = graph, recorder.path[-1]
-        raise failed from error
-    seen: set[int] = set()
-    for item in tree_flatten(output)[0]:
-        value = recorder.known.get(id(item)) if isinstance(item, Tensor) else None
-        if value is not None and value.index not in seen:
-            seen.add(value.index)
-            graph.outputs.append(value)
-    return graph, output
+                value = graph.value(tuple(tensor.shape), kind, name, floating)
+                recorder.register(replacement[name] if meta else tensor, value)
+    return replacement
 
 
 def record(model: nn.Module, example: Any) -> Graph:
@@ -307,14 +345,17 @@ def record(model: nn.Module, example: Any) -> Graph:
         Unsupported: the module is compiled by TorchScript or quantised, so its parts cannot be edited.
     """
     model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise InvalidValue(f"a torch.nn.Module is pruned, not {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise Unsupported("TorchScript modules cannot be edited; prune the Python module and script the result.")
     for path, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise Unsupported(f"{path or 'the model'} is a quantised module; prune before quantising.")
-    arguments(example)
+    _check_example(model, example)
     try:
         graph, _ = run_once(model, example, meta=True)
+        graph = _with_train_pass(graph, model, example)
         graph.model, graph.example = model, example
         return graph
     except Failed as error:
@@ -330,3 +371,30 @@ def record(model: nn.Module, example: Any) -> Graph:
     if any(n.op in ("_local_scalar_dense", "nonzero", "masked_select") for n in graph.nodes):
         graph.notes.append("the forward looks at values; the graph is that of this example")
     return graph
+
+
+def _check_example(model: nn.Module, example: Any) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise InvalidValue(f"parameter {name!r} is lazy and has no shape yet; run one forward pass first.")
+    inputs = [i for i in tree_flatten(arguments(example))[0] if isinstance(i, Tensor)]
+    for given in inputs:
+        if tensors and given.is_meta and not any(t.is_meta for t in tensors):
+            raise InvalidValue("the example is on the meta device and the model is not; give an example with numbers.")
+
+
+def _with_train_pass(graph: Graph, model: nn.Module, example: Any) -> Graph:
+    """Return the graph with a train-mode pass if some parameters are reached by none in eval mode."""
+    used = {v.index for n in graph.nodes for v in n.inputs()}
+    unreached = [v.name for v in graph.values if v.kind == "parameter" and v.index not in used]
+    if not unreached:
+        return graph
+    try:
+        return run_once(model, example, meta=True, train_too=True)[0]
+    except Failed as error:
+        graph.notes.append(
+            f"{len(unreached)} parameters are not used in eval mode (first {unreached[0]!r}), and a pass in train mode "
+            f"failed ({str(error).splitlines()[0]}); what reads cut channels only in train mode was not seen"
+        )
+        return graph

@@ -11,7 +11,7 @@ _KEEPS_ZERO = """
     log1p clone detach alias lift_fresh lift _to_copy to contiguous dropout feature_dropout alpha_dropout
     native_dropout floor ceil round trunc frac sign sgn tan atan softshrink hardshrink tanhshrink square positive
     real imag conj conj_physical resolve_conj resolve_neg _conj _neg_view nan_to_num softsign rrelu rrelu_with_noise
-    threshold _fused_dropout view_of detach_copy lift_fresh_copy
+    _fused_dropout view_of detach_copy lift_fresh_copy
 """.split()  # noqa: SIM905
 _LOSES_ZERO = """
     sigmoid hardsigmoid exp exp2 cos cosh log log2 log10 softplus rsqrt reciprocal logical_not bitwise_not isnan
@@ -57,6 +57,7 @@ _FIRST = [
     "clip",
 ]
 _NONE = [
+    "threshold",
     "eq",
     "ne",
     "lt",
@@ -95,9 +96,7 @@ def elementwise(c: Coupler, n: Node) -> None:
         for k, a in n.args.items()
         if k in ("other", "self", "value")
     )
-    clamped = (
-        n.op in ("clamp", "clamp_min", "hardtanh", "clip") and (n.args.get("min") or n.args.get("min_val") or 0) > 0
-    )
+    clamped = n.op in ("clamp", "clamp_min", "clamp_max", "hardtanh", "clip") and not _spans_zero(n)
     powered = n.op == "pow" and not (isinstance(n.args.get("exponent"), int | float) and n.args["exponent"] > 0)
     for back in range(1, rank + 1):
         size = y.shape[-back]
@@ -122,6 +121,14 @@ def elementwise(c: Coupler, n: Node) -> None:
     for extra in n.outputs[1:]:
         if extra is not None and extra.shape == y.shape:
             c.put(extra, result)
+
+
+def _spans_zero(n: Node) -> bool:
+    """Return whether zero lies within the limits of a clamp."""
+    least, most = n.args.get("min", n.args.get("min_val")), n.args.get("max", n.args.get("max_val"))
+    if isinstance(least, Value) or isinstance(most, Value):
+        return False
+    return (least is None or least <= 0) and (most is None or most >= 0)
 
 
 def _prelu(c: Coupler, n: Node, y: Value) -> None:

@@ -52,13 +52,17 @@ def convolution(c: Coupler, n: Node) -> None:
         del offset
     if inputs is not None or xs[channel] is not None:
         c.same(xs[channel], inputs, "input channels that cannot be cut")
+    if inputs is not None and not (c.is_zero(x, channel) or c.is_zero(weight, 0 if transposed else 1)):
+        c.fix(inputs, "summed over, but a removed position would not be zero")
+    made_zero = c.is_zero(weight, 1 if transposed else 0)
     for bias in tensors(n, "bias"):
         outputs = c.same(outputs, c.of(bias)[0], "bias of channels that cannot be cut")
+        made_zero = made_zero and c.is_zero(bias, 0)
         c.mark(bias, 0, "bias")
     c.mark(weight, 0, "input" if transposed else "output")
     c.mark(weight, 1, "output" if transposed else "input")
     axes = list(xs[:channel]) + [outputs] + [None] * spatial
-    zero = [*c.zero[x.index][:channel], c.is_zero(weight, 1 if transposed else 0), *[False] * spatial]
+    zero = [*c.zero[x.index][:channel], made_zero, *[False] * spatial]
     c.put(y, axes, zero)
     kernel = 1
     for size in weight.shape[2:]:

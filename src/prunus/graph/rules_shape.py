@@ -99,7 +99,11 @@ def expand(c: Coupler, n: Node) -> None:
         else:
             result.append(c.elements.fresh(size) if 1 < size <= 1 << 14 else None)
             result_zero.append(False)
-    c.put(y, result, result_zero)
+    origin = c.origin.get(x.index)
+    carried = None
+    if origin is not None:
+        carried = [origin[i - extra] if i >= extra and x.shape[i - extra] == s else None for i, s in enumerate(y.shape)]
+    c.put(y, result, result_zero, carried)
 
 
 @rule("repeat", "tile")
@@ -437,7 +441,7 @@ def copy(c: Coupler, n: Node) -> None:
 
 
 _FILLED = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
-CREATES.update(_FILLED)
+CREATES.update((*_FILLED, "expand", "expand_as", "broadcast_to", "repeat", "tile"))
 
 
 @rule(*_FILLED)

@@ -123,7 +123,8 @@ def _call(function: Any, args: Any, kwargs: Any, change: Mapping[Any, Mapping[in
     if "count" in change:
         return _counted(name, args, kwargs, change["count"])
     if name == "__getitem__":
-        return args[0][_index(*args, change)]
+        tensor, index = args
+        return tensor[_index(tensor, index, change)]
     if name in ("split", "split_with_sizes"):
         sizes = kwargs.pop("split_size_or_sections", kwargs.pop("split_size", None))
         tensor, *rest = args
@@ -215,8 +216,23 @@ class SpelledSizes:
         with _Sizes(self._cut_sizes):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce__(self) -> Any:
+        # The class is made at run time; copies are made from the user's own class.
+        return _respelled, (type(self).__mro__[2],), self.__dict__
+
 
 _CLASSES: dict[type, type] = {}
+
+
+def _class_of(own: type) -> type:
+    if own not in _CLASSES:
+        _CLASSES[own] = type(own.__name__, (SpelledSizes, own), {"__module__": own.__module__})
+    return _CLASSES[own]
+
+
+def _respelled(own: type) -> Any:
+    made: Any = _class_of(own)
+    return made.__new__(made)
 
 
 def spell_sizes(module: nn.Module, changes: Mapping[str, int]) -> None:
@@ -229,8 +245,9 @@ def spell_sizes(module: nn.Module, changes: Mapping[str, int]) -> None:
         what = place if place in ("start", "stop", "count") else int(place)
         parsed.setdefault(int(call), {}).setdefault(what, {})[int(axis)] = size
     own = type(module)
+    for call, change in getattr(module, "_cut_sizes", {}).items():
+        for place, sizes in change.items():
+            parsed.setdefault(call, {})[place] = sizes | parsed.get(call, {}).get(place, {})
     if not issubclass(own, SpelledSizes):
-        if own not in _CLASSES:
-            _CLASSES[own] = type(own.__name__, (SpelledSizes, own), {"__module__": own.__module__})
-        module.__class__ = _CLASSES[own]
+        module.__class__ = _class_of(own)
     module._cut_sizes = parsed  # type: ignore[assignment]

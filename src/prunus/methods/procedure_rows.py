@@ -20,6 +20,7 @@ def _p(
     data: str = "none",
     retraining: str = "retrains",
     fusion: str = "any score, budget and training recipe",
+    speedup: str = "specific",
 ) -> MethodInfo:
     """Make a row; masks on single weights need sparse kernels or hardware to be fast, so `speedup` is "specific"."""
     return MethodInfo(
@@ -35,7 +36,7 @@ def _p(
         data=data,
         retraining=retraining,
         fusion=fusion,
-        speedup="specific",
+        speedup=speedup,
         source=source,
         note=note,
     )
@@ -204,5 +205,122 @@ PROCEDURES: tuple[MethodInfo, ...] = (
         source="Xu et al., ICCV 2023 (arXiv 2308.10438, identifier not verified)",
         note="the dynamic program is derived anew: the reference code's base cases are not optimal; mean distortion "
         "only, without its worst-case variant; no budget of multiply-accumulates",
+    ),
+    _p(
+        "structure-lth",
+        "structure_lth:structure_lth",
+        "iterative magnitude pruning, then whole channels (Refill, Refill+) or dense blocks (Regroup), retrained once",
+        when="after training, in rounds, then once",
+        unit="channel rows, dense blocks",
+        score="magnitude (any score), then L1 of channels (any of five)",
+        data="none, or what score and budget need; labelled batch for scores of feature maps",
+        retraining="retrains from rewound weights",
+        scope="convolutions but the first, any budget",
+        fusion="masks of any unstructured method; any score, budget and training recipe",
+        source="Chen et al., ICML 2022 (arXiv 2202.04736); Rumi et al., PACT 2020",
+        note="the paper's channel count is garbled in print and reconstructed; repetition of Regroup takes the rows in "
+        "no block yet, and its smallest blocks, rule for columns and fillback are defaults of ours; a partitioner of "
+        "our own replaces hMETIS; masks and reference block products only, without timed kernels",
+    ),
+    _p(
+        "transformable-architecture-search",
+        "tas:tas",
+        "learn widths and depths by gradients on two halves of the data, then train what was found with distillation",
+        aliases=("tas",),
+        when="before training of the small network",
+        unit="channel, block",
+        score="learned probability of each width and depth",
+        scope="whole net, band of multiply-accumulates",
+        data="none; a second half of the training examples for the architecture",
+        retraining="trains the small network from new weights, with the whole one as teacher",
+        fusion="any network with convolutions followed by batch norm, or with residual stages; any training recipe",
+        speedup="universal",
+        source="Dong & Yang, NeurIPS 2019 (arXiv 1905.09717)",
+        note="a width belongs to a channel family, so convolutions of one residual stream share it, where the paper "
+        "gives each its own and adds projections; sparsity is the share of multiply-accumulates removed; a search that "
+        "never reaches the band is moved into it (ours); batch sizes and lengths are the run's",
+    ),
+    _p(
+        "precrop",
+        "precrop:precrop",
+        "choose channel widths of the untrained network from layer densities under a budget, then train it small",
+        aliases=("preconfig", "precropping"),
+        when=_INIT,
+        unit="channel",
+        score="largest expected synaptic flow, or layer densities of any score or budget",
+        scope="whole net, limits of parameters and multiply-accumulates",
+        data="none, or what the source of densities needs",
+        retraining="trains the small network from new weights",
+        fusion="layer densities of any pruning at initialisation; any training recipe",
+        speedup="universal",
+        source="Cai et al., 2022 (arXiv 2203.02549)",
+        note="no code of the authors is known; one width per family of coupled channels by least squares, and the "
+        "rounding, are choices of ours where the paper lets convolutions read part of a residual stream; skip "
+        "connections do not enter the expected flow; PreConfig beyond the network's widths is refused, start wider",
+    ),
+    _p(
+        "layer-lottery",
+        "layer_lottery:layer_lottery",
+        "remove whole residual blocks of an untrained network, or of a trained one with rewinding, and train the rest",
+        aliases=("layers",),
+        when="at initialisation, or after training",
+        unit="residual block",
+        score="w (H g) summed over the block (any score; expectABS, HRank, KL, PLS of its output)",
+        scope="whole net, a number of blocks",
+        data="labelled batch",
+        retraining="trains the shallower network, or retrains it from rewound or new weights",
+        fusion="any score of weights; any residual network, transformers included; any training recipe",
+        speedup="universal",
+        source="Jordao et al., 2023 (arXiv 2301.10835)",
+        note="sum over the block where the paper does not say sum or mean; blocks next to a down-sampling one may go "
+        "unless spared; importance in partial least squares is reconstructed as VIP; sparsity is the share of "
+        "multiply-accumulates removed",
+    ),
+    _p(
+        "chase",
+        "chase:chase",
+        "sparse training whose starved channels are cut out on the way, at a constant number of weights",
+        when="from initialisation, during training",
+        unit="weight, channel",
+        score="magnitude drop, gradient growth; mean magnitude of whole channels (UMM, or three others)",
+        scope="whole net with floors per family of channels, ERK start",
+        retraining="trains sparse and ever narrower",
+        fusion="any network with channels between two layers, residual streams when asked; any training recipe",
+        source="Yin et al., NeurIPS 2023 (arXiv 2305.19454)",
+        note="channel cuts are fast everywhere, zeros inside need sparse kernels; every removal is a cut, so they are "
+        "wider apart than the authors' (0.1 of the training); readers may be linear layers; exact counts; the names of "
+        "scores other than UMM are reconstructed; the last removal comes before the end of exploration",
+    ),
+    _p(
+        "mask-sparsity",
+        "mask_sparsity:mask_sparsity",
+        "choose channels first, push only their norm scales to zero, cut them out, fine-tune; or use a ready mask",
+        aliases=("network-slimming",),
+        when="after training",
+        unit="channel",
+        score="size of the BatchNorm scale, or a mask of any other method",
+        scope="layer by layer, coupled layers vote",
+        retraining="trains on under the penalty, then fine-tunes",
+        fusion="masks of any channel method; L1, L2 or smooth L1; any training recipe",
+        speedup="universal",
+        source="Jiang et al., 2022 (arXiv 2201.06776), after Liu et al., ICCV 2017 (Network Slimming)",
+        note="from abstract and code; sparsity is the share of multiply-accumulates removed; constants of removed "
+        "shifts can be folded, which the code does not; the scale of a depthwise convolution votes, not inherits",
+    ),
+    _p(
+        "group-norm",
+        "group_norm:group_norm",
+        "decay coupled channels together, the weakest most, then cut them out and fine-tune",
+        aliases=("depgraph-sparse",),
+        when="after training",
+        unit="channel, head",
+        score="L2 norm of everything coupled to a channel",
+        scope="family by default, whole net, families of one form",
+        retraining="trains on under the penalty, then fine-tunes",
+        fusion="any network whose axes can be coupled; any training recipe",
+        speedup="universal",
+        source="Fang et al., CVPR 2023 (DepGraph)",
+        note="equal groups decay alike, where the authors' code divides by zero; norms are taken anew at every step; "
+        "sparsity is the share of multiply-accumulates removed",
     ),
 )

@@ -96,6 +96,27 @@ class Rounds:
     history: list[dict[str, Any]]
 
 
+def dense_by_way_of(run: Run, training: Training, rewind_to: Duration) -> tuple[State, State, int]:
+    """Train dense with a stop on the way, as stages shared by all methods of a seed.
+
+    Returns:
+        the network at `rewind_to` (the initial one at 0), the trained one, and that moment in steps.
+    """
+    total = length(run, training)
+    moment = steps_of(rewind_to, total_steps=total, steps_per_epoch=steps_per_epoch(run, training))
+    early = run.initial
+    if moment:
+        early = run.root.train(f"early-{total}-{moment}", training=training, until=moment)
+    trained = run.root.train(
+        f"dense-{total}-from-{moment}" if moment else f"dense-{total}",
+        start=early,
+        start_step=moment,
+        training=training,
+        continue_optimizer=moment > 0,
+    )
+    return early, trained, moment
+
+
 def prune_in_rounds(
     run: Run,
     targets: Sequence[float],
@@ -120,17 +141,7 @@ def prune_in_rounds(
         observe: a function of (stage name, trained network) whose results join the row of the round.
     """
     total, per_epoch = length(run, training), steps_per_epoch(run, training)
-    moment = steps_of(rewind_to, total_steps=total, steps_per_epoch=per_epoch)
-    early = run.initial
-    if moment:
-        early = run.root.train(f"early-{total}-{moment}", training=training, until=moment)
-    trained = run.root.train(
-        f"dense-{total}-from-{moment}" if moment else f"dense-{total}",
-        start=early,
-        start_step=moment,
-        training=training,
-        continue_optimizer=moment > 0,
-    )
+    early, trained, moment = dense_by_way_of(run, training, rewind_to)
     begin, spent, masks = early, total, None
     last_rate = training.learning_rates(per_epoch)[-1] if total else training.lr
     history: list[dict[str, Any]] = []

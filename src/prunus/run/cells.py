@@ -129,25 +129,34 @@ def result_of(cell: Cell, root: Run) -> dict[str, Any]:
         masks = state.masks
         numbers = count(model, masks)
         example, _, _ = root.splits.test[0]
-        costs = layer_costs(model, root.splits.test.normalise(example.unsqueeze(0)).to(root.device))
+        x = example.unsqueeze(0).to(root.device)
+        costs = layer_costs(model, x)
         everything = Masks.full(model, include=root.include, exclude=root.exclude)
         table = (masks if masks is not None else everything).table()
         densities = {row.name: row.density for row in table if row.name in costs}
-        total_macs = sum(c.macs for c in costs.values())
+        layers: list[dict[str, Any]] = [{"name": r.name, "kept": r.kept, "total": r.total} for r in table]
+        total_macs, total_all = sum(c.macs for c in costs.values()), numbers.parameters
+        if state.shape is not None:
+            # A network that was made smaller is compared with the run's own, not with itself.
+            own = root.model
+            kept = {r.name: r.kept for r in table}
+            rows = Masks.full(own, include=root.include, exclude=root.exclude).table()
+            layers = [{"name": r.name, "kept": kept.get(r.name, 0), "total": r.total} for r in rows]
+            total_macs, total_all = sum(c.macs for c in layer_costs(own, x).values()), count(own).parameters
         return {
             "accuracy": measured["accuracy"],
             "loss": measured["loss"],
             "ece": measured.get("ece"),
             "worst_class_accuracy": measured.get("worst_class_accuracy"),
             "validation_accuracy": state.metrics.get("validation_accuracy"),
-            "kept": sum(row.kept for row in table),
-            "total": sum(row.total for row in table),
+            "kept": sum(row["kept"] for row in layers),
+            "total": sum(row["total"] for row in layers),
             "kept_all": numbers.nonzeros,
-            "total_all": numbers.parameters,
+            "total_all": total_all,
             "macs": total_macs,
             "effective_macs": effective_macs(costs, densities),
             "steps": outcome.steps,
-            "layers": [{"name": r.name, "kept": r.kept, "total": r.total} for r in table],
+            "layers": layers,
             "digest": state.digest,
             "details": outcome.details,
         }

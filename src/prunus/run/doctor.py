@@ -16,6 +16,9 @@ _OPTIONAL = {
     "transformers": "llm",
     "accelerate": "llm",
     "datasets": "llm",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from prunus.data.examples import Splits
 from prunus.keep import choose
 from prunus.masks import Masks
-from prunus.procedures.common import steps_per_epoch
 from prunus.run.cells import Cell, carry_out
 from prunus.run.stages import Run, State
 from prunus.schedule import steps_of
@@ -34,7 +34,8 @@ class Planner(Run):
     def train(self, name: str, **choices: Any) -> State:
         """Note the stage and its steps."""
         training = choices.get("training") or self.training
-        per_epoch = steps_per_epoch(self, training)
+        data = choices.get("data")
+        per_epoch = self.steps_per_epoch(training, data.train if isinstance(data, Splits) else data)
         total = len(training.learning_rates(per_epoch))  # also notices a warm-up that does not fit
         until = choices.get("until")
         end = total if until is None else steps_of(until, total_steps=total, steps_per_epoch=per_epoch)
@@ -45,7 +46,10 @@ class Planner(Run):
         masks = choices.get("masks")
         if masks is None and method is not None:
             masks = Masks.full(self.model)
-        return State.of(self.initial.weights, masks, end, {"validation_accuracy": 0.0, "accuracy": 0.0, "loss": 0.0})
+        start = choices.get("start")
+        begin = self.initial if start is None or start.shape is None else start
+        metrics = {"validation_accuracy": 0.0, "accuracy": 0.0, "loss": 0.0}
+        return State.of(begin.weights, masks, end, metrics, shape=begin.shape)
 
     def compute(self, name: str, inputs: Mapping[str, Any], function: Callable[[], Any]) -> Any:
         """Return magnitude masks in place of masks of any score, and what `function` returns otherwise."""
@@ -53,7 +57,8 @@ class Planner(Run):
             pattern = inputs.get("unit", "weight")
             sparsity = None if ":" in pattern else inputs["sparsity"]
             earlier = inputs.get("masks")
-            return choose(self.model, sparsity, unit=pattern, masks=earlier)
+            patterns = {name: inputs.get(name, ()) for name in ("include", "exclude")}
+            return choose(self.model, sparsity, unit=pattern, masks=earlier, **patterns)
         return function()
 
     def evaluate(self, state: State, split: str = "test") -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,18 @@ RESULT = "result.safetensors"
 OptimizerState = tuple[dict[str, Tensor], dict[str, Any]]
 
 
+class Shape(Protocol):
+    """How a network of another architecture is made from the run's own; a function of the model and its own data."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return a network of the other architecture; `model` stays as it is."""
+        ...
+
+    def describe(self) -> Any:
+        """Return JSON values that tell this architecture from every other."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """A network at one moment of a run.
@@ -49,8 +61,10 @@ class State:
         masks: the masks in force, or None for a dense network.
         step: the step of the learning-rate schedule it is at.
         metrics: what training measured ("train_loss", "validation_accuracy", "selected"...).
-        digest: SHA-256 (hex) of weights, masks, step and optimizer state.
+        digest: SHA-256 (hex) of weights, masks, step, optimizer state and shape.
         optimizer: the optimizer's state, of trainings that were stopped before their end (`until`).
+        shape: what makes the network of these weights from the run's own; None: it is the run's own. A training
+            that starts here ends in the same shape.
     """
 
     weights: dict[str, Tensor]
@@ -59,6 +73,7 @@ class State:
     metrics: dict[str, Any]
     digest: str
     optimizer: OptimizerState | None = field(default=None, repr=False)
+    shape: Shape | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -68,6 +83,7 @@ class State:
         step: int = 0,
         metrics: Mapping[str, Any] | None = None,
         optimizer: OptimizerState | None = None,
+        shape: Shape | None = None,
     ) -> State:
         """Make a state from weights (copied to the CPU), such as rewound or averaged ones; its digest is computed."""
         copied = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
@@ -76,11 +92,13 @@ class State:
         if optimizer is not None:
             optimizer = ({n: t.detach().cpu().clone() for n, t in optimizer[0].items()}, optimizer[1])
             parts += [digest(optimizer[0]), optimizer[1]]
-        return cls(copied, held, step, dict(metrics or {}), sha256_bytes(canonical_json(parts)), optimizer)
+        if shape is not None:
+            parts.append({"shape": shape.describe()})
+        return cls(copied, held, step, dict(metrics or {}), sha256_bytes(canonical_json(parts)), optimizer, shape)
 
     def model(self, run: Run) -> nn.Module:
-        """Return a fresh model of the run with these weights, on the run's device, in training mode."""
-        model = run.model
+        """Return a fresh model of the run, in this shape, with these weights, on its device, in training mode."""
+        model = run.model if self.shape is None else self.shape.apply(run.model).to(run.device).train()
         model.load_state_dict(self.weights)
         return model
 
@@ -196,7 +214,8 @@ class Run:
 
         Args:
             name: of the stage.
-            start: weights to begin with; default `initial`. Its masks are not taken over: pass `masks`.
+            start: weights to begin with, and their shape; default `initial`. Its masks are not taken over: pass
+                `masks`.
             masks: held fixed, or where `method` starts.
             method: a step method; its `describe()` is part of the description of the stage.
             until: stop at this moment of the schedule ("2ep", "0.1dur", steps); the state then also holds the
@@ -267,9 +286,11 @@ class Run:
                 exclude=self.exclude,
             )
             kept = fitted.optimizer if fitted.step < fitted.total else None
-            return State.of(model.state_dict(), fitted.masks, fitted.step, fitted.metrics, kept)
+            return State.of(model.state_dict(), fitted.masks, fitted.step, fitted.metrics, kept, shape=begin_from.shape)
 
-        return self._stage(name, inputs, work, _pack_state, _unpack_state)
+        state = self._stage(name, inputs, work, _pack_state, _unpack_state)
+        # Files hold no shape: it is that of the start, whose digest is among the inputs of the stage.
+        return state if begin_from.shape is None else replace(state, shape=begin_from.shape)
 
     def compute(self, name: str, inputs: Mapping[str, Any], function: Callable[[], Any]) -> Any:
         """Compute something once and load it ever after.

@@ -16,6 +16,7 @@ class ScoreInfo(Entry):
         data: "none", "inputs", "labelled" or "example" (one input, for its shape).
         rounds: scoring rounds the method's authors use; density falls exponentially over them.
         non_negative: whether all values are >= 0 (LAMP needs that).
+        units: what it ranks; scores of single weights rank every unit, pooled over what belongs to one.
         source: where it comes from.
     """
 
@@ -24,6 +25,7 @@ class ScoreInfo(Entry):
     source: str
     rounds: int = 1
     non_negative: bool = True
+    units: tuple[str, ...] = ("any",)
 
 
 def _s(name: str, target: str, needs: str, data: str, summary: str, source: str, **more: object) -> ScoreInfo:
@@ -41,8 +43,16 @@ def _s(name: str, target: str, needs: str, data: str, summary: str, source: str,
 SCORES: Catalog[ScoreInfo] = Catalog(
     "score",
     [
-        _s("magnitude", "magnitude:magnitude", "weight", "none", "|w|", "Han et al., NeurIPS 2015"),
-        _s("magnitude-squared", "magnitude:magnitude_squared", "weight", "none", "w^2", "Han et al., NeurIPS 2015"),
+        _s("magnitude", "magnitude:magnitude", "weight", "none", "|w|", "Han et al., NeurIPS 2015", aliases=("l1",)),
+        _s(
+            "magnitude-squared",
+            "magnitude:magnitude_squared",
+            "weight",
+            "none",
+            "w^2",
+            "Han et al., NeurIPS 2015",
+            aliases=("l2",),
+        ),
         _s("random", "magnitude:random", "noise", "none", "uniform noise", "baseline"),
         _s("snip", "gradient:snip", "weight gradient", "labelled", "|w dL/dw|", "Lee et al., ICLR 2019"),
         _s(

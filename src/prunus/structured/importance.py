@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from prunus.errors import InvalidValue
 from prunus.evidence import Loss
-from prunus.graph.couple import Family
+from prunus.graph.couple import Coupling, Family
 from prunus.graph.edit import stored_tensors
+from prunus.parameters import check_finite
 
 POOLS = ("sum", "mean", "max", "l2")
 NORMALISATIONS = ("none", "sum", "mean", "max")
@@ -39,18 +40,19 @@ def pooled(elements: Mapping[str, Tensor], family: Family, *, pool: str = "sum",
         scores = elements.get(slot.tensor)
         if scores is None:
             continue
-        along = (
-            scores.detach().double().movedim(slot.axis, 0).flatten(1)
-            if scores.ndim > 1
-            else (scores.detach().double()[:, None])
-        )
-        count += along.shape[1] * slot.index.shape[1]
-        index = torch.as_tensor(slot.index, device=along.device)
+        scores = scores.detach()
+        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        others = [axis for axis in range(scores.ndim) if axis != slot.axis]
+        count += scores.numel() // scores.shape[slot.axis] * slot.index.shape[1]
+        index = torch.as_tensor(slot.index, device=scores.device)
         if pool == "max":
-            units = along.amax(1)[index].amax(1)
+            units = (scores.amax(others) if others else scores).double()[index].amax(1)
             total = units if total is None else torch.maximum(total, units)
         else:
-            units = (along.square() if pool == "l2" else along).sum(1)[index].sum(1)
+            terms = scores.square() if pool == "l2" else scores
+            # Summed in the tensors' own precision (torch sums pairwise), then over slots and positions in float64.
+            along = (terms.sum(others) if others else terms).double()
+            units = along[index].sum(1)
             total = units if total is None else total + units
     if total is None:
         raise InvalidValue(f"no tensor of family {family.name!r} has scores.")
@@ -75,6 +77,7 @@ def element_scores(
     score: str = "magnitude",
     *,
     data: Iterable[Any] | None = None,
+    example: Any = None,
     loss: Loss | None = None,
     seed: int = 0,
     train_mode: bool = False,
@@ -82,7 +85,8 @@ def element_scores(
     """Return the score of every weight that some family touches, by any of the element scores (`prunus ls scores`).
 
     Biases, norm parameters and tables that only ride along have none; weights of unknown layout (a bare parameter
-    that multiplies activations) count by magnitude-like scores as axis-0 outputs.
+    that multiplies activations) count by magnitude-like scores as axis-0 outputs. `example`, one input tensor, stands in
+    for data where a score needs inputs without labels.
     """
     from prunus.keep import read_data
     from prunus.parameters import prunable
@@ -98,7 +102,8 @@ def element_scores(
     if not wanted:
         return {}
     device = next(iter(named.values())).device
-    read = read_data(data, None, None, device)
+    unlabelled = info.data in ("example", "inputs") and isinstance(example, Tensor)
+    read = read_data(data, None, example if unlabelled else None, device)
     evidence = gather(
         model, wanted, list(info.needs), data=read or None, loss=loss, seed=seed, round=0, train=train_mode
     )
@@ -115,15 +120,75 @@ def unit_scores(
     families: Sequence[Family],
     score: str = "magnitude",
     *,
-    pool: str = "sum",
+    unit: str = "channel",
+    coupling: Coupling | None = None,
+    pool: str | None = None,
     normalise: str = "mean",
     data: Iterable[Any] | None = None,
+    example: Any = None,
     loss: Loss | None = None,
     seed: int = 0,
     train_mode: bool = False,
+    notes: list[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the scores of the units of every family, shape (family.size,), higher = keep (see `pooled`)."""
-    elements = element_scores(model, families, score, data=data, loss=loss, seed=seed, train_mode=train_mode)
+    """Return the scores of the units of every family, shape (family.size,), higher = keep.
+
+    Args:
+        model: untouched.
+        families: the units.
+        score: one of `prunus ls scores`: a score of single weights is pooled over everything that goes with a unit (see
+            `pooled`), a score of whole units is taken as it is.
+        unit: what the units are, for scores that rank some only.
+        coupling: where the families come from, for scores that read the graph.
+        pool: how scores of weights are pooled (default "sum"); scores of whole units take none.
+        normalise: see `pooled`; also for scores of whole units.
+        data, loss, seed, train_mode: as in `prunus.prune`.
+        example: one input, for scores that make do with noise of its shape.
+        notes: gets a sentence when families had to be ranked by magnitude instead.
+
+    Raises:
+        UnknownName, InvalidValue: an unknown score, or one that does not rank such units or takes no pool.
+        NonFinite: a score is NaN or infinite.
+    """
+    from prunus.structured.unit_scores import info_for, whole_unit_scores
+
+    if any(p.is_meta for p in model.parameters()):
+        raise InvalidValue("the model is on the meta device and holds no numbers to score; load its weights first.")
+    if normalise not in NORMALISATIONS:
+        raise InvalidValue(f"normalise {normalise!r} must be one of {', '.join(NORMALISATIONS)}.")
+    info = info_for(score, unit)
+    if info is not None:
+        if pool is not None:
+            raise InvalidValue(f"score {info.name!r} ranks whole units, so there is nothing to pool; leave pool out.")
+        whole = whole_unit_scores(info, model, families, coupling=coupling, data=data, example=example, seed=seed)
+        check_finite(whole, "score")
+        result = {n: normalised(s.double(), normalise) for n, s in whole.items()}
+        rest = [f for f in families if f.name not in result]
+        if rest and not info.fallback:
+            raise InvalidValue(f"score {info.name!r} says nothing about {rest[0].name!r}; choose another score.")
+        if rest and notes is not None:
+            named = ", ".join(f.name for f in rest[:3]) + (", ..." if len(rest) > 3 else "")
+            notes.append(f"score {info.name} says nothing about {len(rest)} families, ranked by magnitude: {named}")
+        more = _pooled_scores(model, rest, "magnitude", "sum", normalise, None, None, seed, False) if rest else {}
+        return {f.name: (result | more)[f.name] for f in families}
+    return _pooled_scores(model, families, score, pool or "sum", normalise, data, loss, seed, train_mode)
+
+
+def _pooled_scores(
+    model: nn.Module,
+    families: Sequence[Family],
+    score: str,
+    pool: str,
+    normalise: str,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    seed: int,
+    train_mode: bool,
+) -> dict[str, Tensor]:
+    """Return the pooled element scores of every family."""
+    elements = element_scores(
+        model, families, score, data=data, example=example, loss=loss, seed=seed, train_mode=train_mode
+    )
     tensors = stored_tensors(model)
     result = {}
     for family in families:

@@ -4,49 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prunus.errors import InvalidValue, NothingPrunable, did_you_mean
+from prunus.errors import InvalidValue, NothingPrunable, Unsupported, did_you_mean, unknown
 from prunus.evidence import Loss
-from prunus.files import write_atomic
 from prunus.graph.couple import Coupling, Family, couple
-from prunus.graph.edit import stored_tensors
-from prunus.graph.fit import EXACT
+from prunus.graph.ir import Graph
 from prunus.graph.plan import Plan
-from prunus.graph.record import arguments, record
+from prunus.graph.record import record
+from prunus.keep import read_data
+from prunus.measure.forwarding import device_of
 from prunus.parameters import check_finite, unwrap
+from prunus.structured.chooser import Chooser
+from prunus.structured.compensate import COMPENSATIONS, made_up
+from prunus.structured.depth import prune_layers
+from prunus.structured.experts import prune_experts
 from prunus.structured.importance import unit_scores
-from prunus.structured.report import StructuredReport, gain, sizes, timed
-from prunus.structured.saved import pack_small
-from prunus.structured.select import Kept, Limits, by_share, check_share, to_target
+from prunus.structured.proof import proved, rolled_back, stays
+from prunus.structured.registry import UNIT_SCORES
+from prunus.structured.report import sizes
+from prunus.structured.select import Limits, check_share
+from prunus.structured.small import Facts, SmallModel, examples_in, finished, without_numbers
+from prunus.structured.target import read_target
+from prunus.structured.unit_scores import info_for
 
-
-@dataclass(frozen=True)
-class SmallModel:
-    """What structured pruning returns.
-
-    Attributes:
-        model: the model, really smaller; an ordinary module of the user's own class.
-        plan: the cut as data; `plan.apply(fresh)` repeats it, `plan.verify(model, x)` proves it on the dense model.
-        report: dense against small, what was left whole and why.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: StructuredReport
-
-    def save(self, path: Path | str) -> None:
-        """Write plan and weights to one safetensors file; `prunus.load(path, FreshInstance())` rebuilds the model.
-
-        Raises:
-            StorageFailed: the file cannot be written; an older one there is unchanged.
-        """
-        write_atomic(Path(path), pack_small(self.model, self.plan))
+__all__ = ["SmallModel", "coupled", "offered", "proved", "prune_structured", "rolled_back"]
 
 
 def offered(coupling: Coupling, unit: str, protect: Sequence[str] = ()) -> tuple[list[Family], frozenset[str]]:
@@ -77,18 +62,17 @@ _ENOUGH = 0.8
 
 
 def coupled(
-    model: nn.Module, example: Any, unit: str, protect: Sequence[str], norms: str, share: float | None
+    graph: Graph, unit: str, protect: Sequence[str], norms: str, share: float | None
 ) -> tuple[Coupling, list[Family], frozenset[str]]:
     """Return (coupling, families offered, names of protected ones); `norms` as for `couple`, or "auto".
 
     "auto" leaves axes of norms whole, which costs nothing at run time, unless that would leave so little to cut that
     removing `share` (default a half) of the channels removes less than 0.8 of that share of the arithmetic.
     """
-    graph = record(model, example)
     if norms != "auto":
         coupling = couple(graph, norms=norms)
         return coupling, *offered(coupling, unit, protect)
-    part = 0.5 if share is None or not 0 < share < 1 else share
+    part = check_share("sparsity", share) if share else 0.5
     whole = couple(graph)
     try:
         families, protected = offered(whole, unit, protect)
@@ -97,7 +81,7 @@ def coupled(
         return coupling, *offered(coupling, unit, protect)
     keep = {}
     for family in families:
-        keep[family.name] = _mask(family.size, range(max(1, family.size - round(part * family.size))))
+        keep[family.name] = stays(family.size, range(max(1, family.size - round(part * family.size))))
     if unit != "channel" or 1 - whole.macs(keep) / max(whole.macs(), 1) >= _ENOUGH * part:
         return whole, families, protected
     coupling = couple(graph, norms="counted")
@@ -114,163 +98,161 @@ def prune_structured(
     example: Any,
     unit: str = "channel",
     score: str = "magnitude",
-    pool: str = "sum",
+    pool: str | None = None,
     normalise: str = "mean",
     scope: str = "local",
     macs: float | int | None = None,
     params: float | int | None = None,
+    bytes: float | int | None = None,
+    latency: float | None = None,
+    latency_ms: float | None = None,
     data: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     minimum: int | float = 1,
     round_to: int = 1,
     protect: Sequence[str] | str = (),
     norms: str = "auto",
+    compensate: str | None = None,
     seed: int = 0,
     train_mode: bool = False,
     inplace: bool = False,
     measure: bool = True,
     verify: bool = True,
+    on_stage: Callable[[str], None] | None = None,
 ) -> SmallModel:
-    """Remove channels or heads; arguments, defaults and errors are those of `prunus.prune`."""
-    given = {"sparsity": sparsity, "macs": macs, "params": params}
-    if sum(v is not None for v in given.values()) != 1:
-        raise InvalidValue(
-            f"give exactly one of {', '.join(given)}; got {[k for k, v in given.items() if v is not None]}."
-        )
-    protect = (protect,) if isinstance(protect, str) else tuple(protect)
-    start = time.perf_counter()
-    bare = unwrap(model)
-    check_finite(stored_tensors(bare) if not _meta(bare) else {}, "weight")
-    coupling, families, protected = coupled(bare, example, unit, protect, norms, sparsity)
-    limits = Limits(minimum, round_to, protected)
-    scores = unit_scores(
-        bare, families, score, pool=pool, normalise=normalise, data=data, loss=loss, seed=seed, train_mode=train_mode
-    )
+    """Remove channels, heads, residual blocks or experts for real; see also `prunus.prune`.
 
-    def chosen(possible: Sequence[Family]) -> Kept:
-        if sparsity is not None:
-            return by_share(possible, scores, check_share("sparsity", sparsity), limits, scope)
-        what, cost = ("macs", coupling.macs) if macs is not None else ("params", coupling.parameters)
-        target = as_amount(what, given[what], cost({}))  # type: ignore[arg-type]
-        return to_target(possible, scores, cost, target, limits, scope, what=what)
+    Args:
+        model: untouched unless `inplace`.
+        sparsity: share of units to remove, in [0, 1). Give exactly one of sparsity, macs, params, bytes, latency,
+            latency_ms.
+        example: one input; of residual blocks a batch of real ones.
+        unit: "channel", "head" (only heads of attentions), "layer" (see `prunus.structured.depth`) or "expert" (see
+            `prunus.structured.experts`).
+        score: see `prunus ls scores`.
+        pool: how scores of weights become one per unit: "sum" (default), "mean" (default for layers), "max" or "l2".
+        normalise: how families are made comparable, see `prunus.structured.importance.pooled`; layers compete as they
+            are.
+        scope: "local", "global" or "isomorphic", see `prunus.structured.select.by_share`; layers form one family.
+        macs, params, bytes: what may remain: a share in (0, 1], or an amount (macs of one example).
+        latency, latency_ms: how long a call may take on this machine, as a share of the dense model's time or in
+            milliseconds. Candidates are really cut and timed (see `prunus.structured.timing.to_latency`).
+        data: batches for scores, and for compensation.
+        calibration: other batches for `compensate="obspa"` and `score="obspa"`, such as images from elsewhere.
+        loss: of scores that need one.
+        minimum: fewest units that stay in a family: a count, or a share.
+        round_to: kept units are a multiple of this.
+        protect: shell patterns of tensors (for layers also of blocks) whose families stay whole.
+        norms: what becomes of axes over which norms take statistics, see `prunus.graph.couple.couple`; "auto" leaves
+            them whole unless too little could be cut then.
+        compensate: "obspa" or "udfc" lets kept weights make up for channels and heads that go; "obspa" looks at the
+            calibration batches, else at the data, else at noise of the example's shape, and measures batch norms anew
+            unless it was noise.
+        seed: of random scores and noise.
+        train_mode: score in train mode.
+        inplace: cut `model` itself.
+        measure: time both models.
+        verify: prove the cut; families whose removal changes the outputs are rolled back and named.
+        on_stage: called with a sentence when a stage of the work begins, to show progress.
 
-    plan = Plan.from_keep(coupling, chosen(families))
-    if plan.blocked and sparsity is None:
-        # What was blocked stays whole, so the others are chosen again to reach the target.
-        left = [f for f in families if f.name not in plan.blocked]
-        again = Plan.from_keep(coupling, chosen(left))
-        plan = again.with_blocked(plan.blocked)
-    difference = None
-    if verify and not _meta(bare):
-        difference, plan = proved(coupling, plan, bare, example, exact=norms != "anew")
-    dense_parameters, dense_size = sizes(bare)
-    small = plan.apply(bare, inplace=inplace)
-    seconds = time.perf_counter() - start
-    dense_ms = small_ms = ratio = None
-    if measure and not _meta(bare):
-        dense_ms, small_ms, ratio = timed(None if inplace else bare, small, _call_form(example))
-    parameters, size = sizes(small)
-    rows = _examples(example)
-    keep = {name: _mask(coupling[name].size, kept) for name, kept in plan.families.items()}
-    before, after = coupling.macs({}) // rows, coupling.macs(keep) // rows
-    table: tuple[dict[str, Any], ...] = tuple(
-        {"name": f.name, "kind": f.kind, "size": f.size, "kept": len(plan.families.get(f.name, range(f.size)))}
-        for f in families
-    )
-    report = StructuredReport(
-        unit=unit,
-        units=sum(f.size for f in families),
-        units_kept=sum(row["kept"] for row in table),
-        parameters=dense_parameters,
-        parameters_kept=parameters,
-        macs=before,
-        macs_kept=after,
-        dense_bytes=dense_size,
-        bytes=size,
-        latency_ms=small_ms,
-        dense_latency_ms=dense_ms,
-        latency_ratio=ratio,
-        difference=difference,
-        families=table,
-        blocked=dict(plan.blocked),
-        unprunable=coupling.unprunable,
-        without_rule=coupling.without_rule,
-        notes=tuple(coupling.graph.notes),
-        seconds=seconds,
-        sentence=gain(before, after, ratio, dense_size, size),
-    )
-    return SmallModel(small, plan, report)
-
-
-def proved(coupling: Coupling, plan: Plan, model: nn.Module, example: Any, *, exact: bool) -> tuple[float, Plan]:
-    """Return (difference of removed and masked, plan) of a cut of `model`, see `rolled_back`."""
-    return rolled_back(coupling, plan, lambda part: part.verify(model, example), exact=exact)
-
-
-def rolled_back(
-    coupling: Coupling, plan: Plan, verify: Callable[[Plan], float], *, exact: bool
-) -> tuple[float, Plan]:
-    """Return (difference of removed and masked, plan); families whose removal changes the outputs are rolled back.
-
-    Halves of the families are tried until the guilty ones are found; each is named in `Plan.blocked`. `verify` returns
-    the relative difference of one plan.
-    """
-    worst = verify(plan)
-    if worst <= EXACT or not exact:
-        return worst, plan
-    guilty: list[str] = []
-
-    def search(names: list[str]) -> None:
-        part = Plan.from_keep(coupling, {n: _mask(coupling[n].size, plan.families[n]) for n in names})
-        if verify(part) <= EXACT:
-            return
-        if len(names) == 1:
-            guilty.extend(names)
-            return
-        search(names[: len(names) // 2])
-        search(names[len(names) // 2 :])
-
-    search(list(plan.families))
-    innocent = [n for n in plan.families if n not in guilty]
-    rest = Plan.from_keep(coupling, {n: _mask(coupling[n].size, plan.families[n]) for n in innocent})
-    reason = f"removing it differs from masking it by {worst:.1e} relative"
-    rest = rest.with_blocked(plan.blocked | dict.fromkeys(guilty, reason))
-    remaining = verify(rest)
-    if remaining > EXACT:
-        every = plan.blocked | dict.fromkeys(plan.families, reason)
-        return 0.0, Plan.from_keep(coupling, {}).with_blocked(every)
-    return remaining, rest
-
-
-def as_amount(name: str, value: float | int, whole: float) -> float:
-    """Return a target: a share of `whole` when below 1, else the amount itself.
+    Returns:
+        `SmallModel` with `.model`, `.plan`, `.report`, `.save(path)`.
 
     Raises:
-        InvalidValue: zero, negative, NaN, text, or more than there is.
+        InvalidValue: contradictory options, or values out of range.
+        Infeasible: the target cannot be reached.
+        NothingPrunable, NonFinite, UnknownName, Unsupported: as their names say.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= max(whole, 1):
-        raise InvalidValue(
-            f"{name} {value!r} must be a share in (0, 1], or an amount up to {whole:,.6g}, which the model has now."
-        )
-    return value * whole if value <= 1 and not (isinstance(value, int) and whole > 1) else float(value)
-
-
-def _mask(size: int, kept: Sequence[int]) -> Any:
-    import numpy as np
-
-    return np.isin(np.arange(size), np.asarray(kept, dtype=np.int64))
-
-
-def _meta(model: nn.Module) -> bool:
-    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-
-
-def _call_form(example: Any) -> Any:
-    args, kwargs = arguments(example)
-    return kwargs if kwargs and not args else args
-
-
-def _examples(example: Any) -> int:
-    args, kwargs = arguments(example)
-    first = next((a for a in (*args, *kwargs.values()) if hasattr(a, "shape") and len(a.shape)), None)
-    return max(1, int(first.shape[0])) if first is not None else 1
+    target = read_target(
+        sparsity=sparsity, macs=macs, params=params, bytes=bytes, latency=latency, latency_ms=latency_ms
+    )
+    protect = (protect,) if isinstance(protect, str) else tuple(protect)
+    bare = unwrap(model)
+    without = without_numbers(bare)
+    check_finite({} if without else dict(bare.named_parameters()), "weight")
+    if target.timed and without:
+        raise Unsupported(f"{target.what} is measured, and the model holds no numbers; load its weights first.")
+    info_for(score, unit)
+    if compensate is not None and compensate not in COMPENSATIONS:
+        raise unknown("compensation", compensate, COMPENSATIONS)
+    data, calibration = (None if d is None else read_data(d, None, None, device_of(bare)) for d in (data, calibration))
+    common: dict[str, Any] = {
+        "example": example, "score": score, "pool": pool, "data": data, "loss": loss, "minimum": minimum,
+        "round_to": round_to, "protect": protect, "seed": seed, "inplace": inplace, "measure": measure,
+        "verify": verify, "on_stage": on_stage,
+    }  # fmt: skip
+    if unit in ("layer", "expert"):
+        axes: dict[str, tuple[Any, Any]] = {"norms": (norms, "auto"), "compensate": (compensate, None)}
+        axes |= {"calibration": (calibration, None)}
+        if unit == "layer":
+            axes |= {"train_mode": (train_mode, False), "normalise": (normalise, "mean"), "scope": (scope, "local")}
+        for name, (value, default) in axes.items():
+            if value != default:
+                raise InvalidValue(f"{name} means nothing to unit {unit!r}; leave it out.")
+        if unit == "layer":
+            return prune_layers(bare, target, **common)
+        return prune_experts(bare, target, normalise=normalise, scope=scope, train_mode=train_mode, **common)
+    if calibration is not None and "obspa" not in (compensate, score.lower()):
+        raise InvalidValue('calibration batches are for score="obspa" and compensate="obspa"; leave them out.')
+    tell = on_stage or (lambda text: None)
+    start = time.perf_counter()
+    tell("reading the model and what its axes share")
+    coupling, families, protected = coupled(record(bare, example), unit, protect, norms, sparsity)
+    limits = Limits(minimum, round_to, protected)
+    tell(f"scoring {sum(f.size for f in families):,} {unit}s in {len(families)} families by {score}")
+    notes = list(coupling.graph.notes)
+    looked_at = calibration if calibration is not None and score in UNIT_SCORES else data
+    scores = unit_scores(
+        bare, families, score, unit=unit, coupling=coupling, pool=pool, normalise=normalise, data=looked_at,
+        example=example, loss=loss, seed=seed, train_mode=train_mode, notes=notes,
+    )  # fmt: skip
+    choose = Chooser(bare, coupling, scores, target, limits, scope, example, on_stage)
+    plan, achieved, difference = Plan(), None, None
+    blocked: dict[str, str] = {}
+    while True:
+        tell("choosing what stays")
+        possible = [f for f in families if f.name not in blocked]
+        kept, achieved, note = choose(possible)
+        plan = Plan.from_keep(coupling, kept)
+        if verify and not without:
+            tell("proving that removing equals masking")
+            difference, plan = proved(coupling, plan, bare, example, exact=norms != "anew")
+        new = set(plan.blocked) - set(blocked)
+        blocked |= plan.blocked
+        # What was blocked stays whole, so the others are chosen again to reach the target.
+        if not new or target.what == "sparsity" or len(blocked) == len(families):
+            break
+    plan = plan.with_blocked(blocked)
+    notes += [note] if note else []
+    before = sizes(bare)
+    if compensate is not None:
+        tell(f"letting what stays make up for what goes ({compensate})")
+    full, made = made_up(
+        compensate, bare, coupling, plan, data=data, calibration=calibration, example=example, seed=seed
+    )
+    if made and verify:
+        difference = plan.verify(full, example)
+    if inplace and full is not bare:
+        bare.load_state_dict(full.state_dict())
+        full = bare
+    small = plan.apply(full, inplace=inplace)
+    rows = examples_in(example)
+    keep = {name: stays(coupling[name].size, kept) for name, kept in plan.families.items()}
+    facts = Facts(
+        unit=unit,
+        target=target,
+        families=tuple(
+            {"name": f.name, "kind": f.kind, "size": f.size, "kept": len(plan.families.get(f.name, range(f.size)))}
+            for f in families
+        ),
+        macs=(coupling.macs({}) // rows, coupling.macs(keep) // rows),
+        difference=difference,
+        seconds=time.perf_counter() - start,
+        notes=notes,
+        unprunable=coupling.unprunable,
+        without_rule=coupling.without_rule,
+        achieved=achieved,
+        compensation=made,
+    )
+    return finished(None if inplace else bare, before, small, plan, example, facts, measure=measure)

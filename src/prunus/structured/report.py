@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,12 @@ class StructuredReport:
         notes: how the network was read, where that matters.
         seconds: time of tracing, coupling, scoring, fitting and cutting together.
         sentence: what was gained, in words.
+        target, asked, achieved: what was to be reached ("macs", "latency_ms"...), the number asked for, and what came
+            of it, as a share where a share was asked for. A latency is that of the search, taken in turns with the
+            dense model; `latency_ratio` is measured once more on the result.
+        compensation: how kept weights made up for what went: method, inputs it saw ("data", "calibration data",
+            "noise" or "weights alone"), batch norms ("measured anew" or "kept"), remaining errors by name, and what was
+            skipped and why; empty without one.
     """
 
     unit: str
@@ -57,6 +63,10 @@ class StructuredReport:
     notes: tuple[str, ...]
     seconds: float
     sentence: str
+    target: str = ""
+    asked: float | None = None
+    achieved: float | None = None
+    compensation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -81,7 +91,6 @@ class StructuredReport:
         exact = (
             "not verified" if self.difference is None else f"removed equals masked to {self.difference:.1e} relative"
         )
-        width = max((len(f["name"]) for f in self.families), default=1)
         lines = [
             f"kept       {self.units_kept:,} of {self.units:,} units ({self.unit}) in {len(self.families)} families",
             f"parameters {self.parameters:,} -> {self.parameters_kept:,} ({self.sparsity:.1%} gone)",
@@ -90,22 +99,63 @@ class StructuredReport:
             f"latency    {time_line}",
             f"proof      {exact}",
             f"           {self.sentence}",
-            *(f"note       {note}" for note in self.notes),
-            "families",
-            *(f"  {f['name']:<{width}}  {f['kept']:>6} / {f['size']:>6} {f['kind']}s" for f in self.families),
         ]
+        if self.asked is not None and self.achieved is not None:
+            lines.insert(0, f"asked      {self.target} {self.asked:,.6g}, reached {self.achieved:,.6g}")
+        if self.compensation:
+            lines.append(f"made up    {_compensated(self.compensation)}")
+        lines += [*(f"note       {note}" for note in self.notes), "families", *_families(self.families)]
         if self.blocked:
             lines += ["left whole, because the cut did not survive", *_reasons(self.blocked)]
         if self.without_rule:
-            lines += ["operators without a rule (their axes stay)"]
-            lines += [f"  {op}, first in {module or 'the model itself'}" for op, module in self.without_rule.items()]
+            met = {op: f"first in {module or 'the model itself'}" for op, module in self.without_rule.items()}
+            lines += ["operators without a rule (their axes stay)", *_reasons(met)]
         if self.unprunable:
             lines += ["axes that are never cut", *_reasons(self.unprunable)]
         return "\n".join(lines)
 
 
+_ROWS = 24  # families, and different reasons, that are spelled out; the rest is counted
+
+
+def _families(families: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line per family, the largest first when there are many, and the sum of those left out."""
+    if len(families) > _ROWS:
+        ordered = sorted(families, key=lambda f: -f["size"])
+        shown, rest = ordered[: _ROWS - 1], ordered[_ROWS - 1 :]
+    else:
+        shown, rest = list(families), []
+    width = max((len(f["name"]) for f in shown), default=1)
+    lines = [f"  {f['name']:<{width}}  {f['kept']:>6} / {f['size']:>6} {f['kind']}s" for f in shown]
+    if rest:
+        kept, size = (sum(f[k] for f in rest) for k in ("kept", "size"))
+        lines.append(f"  {f'and {len(rest)} smaller ones':<{width}}  {kept:>6} / {size:>6} units; all are in to_dict()")
+    return lines
+
+
 def _reasons(reasons: Mapping[str, str]) -> list[str]:
-    return [f"  {name}: {reason.splitlines()[0]}" for name, reason in reasons.items()]
+    """Return one line per reason with the first names it holds for, the most frequent first."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason.splitlines()[0] if reason else "", []).append(name)
+    ordered = sorted(names.items(), key=lambda item: -len(item[1]))
+    lines = []
+    for reason, held in ordered[:_ROWS]:
+        more = f" and {len(held) - 2} more" if len(held) > 3 else ""
+        lines.append(f"  {', '.join(held[:2] if more else held)}{more}: {reason}")
+    if len(ordered) > _ROWS:
+        lines.append(f"  and {len(ordered) - _ROWS} other reasons; all are in to_dict()")
+    return lines
+
+
+def _compensated(facts: Mapping[str, Any]) -> str:
+    errors, skipped = facts["errors"], facts["skipped"]
+    worst = f", worst remaining error {max(errors.values()):.2g}" if errors else ""
+    left = f"; {len(skipped)} not compensated" if skipped else ""
+    return (
+        f"{facts['method']} from {facts['inputs']}, batch norms {facts['batch_norms']}, "
+        f"{len(errors)} parts{worst}{left}"
+    )
 
 
 def gain(macs: int, kept: int, ratio: float | None, dense: int, small: int) -> str:

@@ -35,6 +35,7 @@ class Limits:
             raise InvalidValue(f"round_to {self.round_to!r} must be a whole number from 1 up.")
         if (
             isinstance(self.minimum, bool)
+            or not isinstance(self.minimum, int | float)
             or not self.minimum > 0
             or (isinstance(self.minimum, float) and self.minimum > 1)
         ):

@@ -1,0 +1,1 @@
+"""Transformable architecture search: widths and depths of a network learned by gradients."""
