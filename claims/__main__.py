@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seeds", type=_positive, help="repetitions (default: what each experiment asks for, 3 or 5)")
     made.add_argument("--quick", action="store_true", help=f"the cheap experiments with {QUICK_SEEDS} seeds")
+    made.add_argument(
+        "--update", action="store_true", help="write the named ones into the committed table and keep its other rows"
+    )
     made.add_argument("--list", action="store_true", help="say what there is, and measure nothing")
     made.add_argument("--json", type=Path, metavar="PATH", help="write every number to this file as well")
     made.add_argument("--jobs", type=_positive, help="processes side by side (default: one per core)")
@@ -43,7 +47,8 @@ def say(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run, and return 0 when everything ran (whatever holds), 1 after an error, 2 for bad usage, 75 when stopped.
 
-    A run of all claims writes claims/RESULTS.md and claims/results.json; a part of them is only printed.
+    A run of all claims writes claims/RESULTS.md and claims/results.json; a part of them is only printed, or with
+    `--update` written between the rows that are there, which are judged again from their numbers.
     """
     chosen = parser().parse_args(arguments)
     # Only now: `--help` need not wait for torch.
@@ -75,7 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     numbers = table.as_json(findings, measured, origin)
     if chosen.json is not None:
         chosen.json.write_text(numbers, encoding="utf-8")
-    if not chosen.names and not chosen.quick:
+    if chosen.update:
+        findings, measured, kept = runner.merged(findings, measured, json.loads((HERE / "results.json").read_bytes()))
+        origin |= {"kept_from_earlier_code": kept}
+        numbers = table.as_json(findings, measured, origin)
+    if chosen.update or (not chosen.names and not chosen.quick):
         (HERE / "RESULTS.md").write_text(table.markdown(findings, origin), encoding="utf-8")
         (HERE / "results.json").write_text(numbers, encoding="utf-8")
     return 1 if any(f.verdict == ERROR for f in findings) else 0

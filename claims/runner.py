@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -165,6 +166,41 @@ def _finding(
         return judge(claim, measured[name])
     except PrunusError as error:
         return Finding(claim, ERROR, str(error))
+
+
+def merged(
+    findings: Sequence[Finding], measured: Mapping[str, Mapping[int, dict[str, float]]], committed: Mapping[str, Any]
+) -> tuple[list[Finding], dict[str, dict[int, dict[str, float]]], dict[str, list[str]]]:
+    """Put findings between those of an earlier table.
+
+    Args:
+        findings, measured: what was measured now, of some claims.
+        committed: an earlier table as JSON.
+
+    Returns:
+        A finding per claim there is, judged from numbers of now or of the earlier table; the numbers; and which
+        experiments are kept, by the SHA-256 of the code that measured them.
+    """
+    values = {n: {int(s): dict(arms) for s, arms in e["values"].items()} for n, e in committed["experiments"].items()}
+    origin = committed["provenance"]
+    before = {name: source for source, names in origin.get("kept_from_earlier_code", {}).items() for name in names}
+    every = registry.every()
+    now = {f.claim.name: f for f in findings}
+    wanted = {c.experiment.name for c in every.values()}
+    numbers = {n: v for n, v in (values | {n: dict(m) for n, m in measured.items()}).items() if n in wanted and v}
+    kept: dict[str, list[str]] = {}
+    for name in numbers:
+        if name not in measured:
+            kept.setdefault(str(before.get(name, origin["source_sha256"])), []).append(name)
+    result = []
+    for claim in every.values():
+        if claim.name in now:
+            result.append(now[claim.name])
+        elif claim.experiment.name in numbers:
+            result.append(judge(claim, numbers[claim.experiment.name]))
+        else:
+            result.append(Finding(claim, NOT_RUN, f"`python -m claims {claim.experiment.name} --update` measures it"))
+    return result, numbers, kept
 
 
 def _results(tasks: Sequence[Task], jobs: int, cache: Path) -> Iterator[Result]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from claims.claim import VERDICTS, Finding, command
 
+_HIDDEN = ("source_sha256", "kept_from_earlier_code")
 _INTRODUCTION = """\
 # Claims, measured
 
@@ -30,7 +31,9 @@ def markdown(findings: Sequence[Finding], provenance: Mapping[str, Any]) -> str:
     counts = Counter(f.verdict for f in findings if not f.claim.control)
     summary = ", ".join(f"{v} {counts[v]}" for v in VERDICTS if counts[v])
     lines = [_INTRODUCTION, f"Of {sum(counts.values())} claims: {summary}{_controls(findings)}.", ""]
-    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in provenance.items() if name != "source_sha256"]
+    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in provenance.items() if name not in _HIDDEN]
+    kept = [name for names in provenance.get("kept_from_earlier_code", {}).values() for name in names]
+    lines += [f"- measured with earlier code: {', '.join(kept)}"] if kept else []
     lines += [
         "",
         "| claim | expected | measured (mean ± 95% interval over n seeds) | verdict | command |",

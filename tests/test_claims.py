@@ -488,3 +488,20 @@ def test_number_of_processes_changes_nothing(tmp_path: Path) -> None:
     one = go(chosen, tmp_path / "one", seeds=2, jobs=1)[1]
     two = go(chosen, tmp_path / "two", seeds=2, jobs=2)[1]
     assert one == two
+
+
+def test_a_part_is_put_between_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = list(registry.every().values())
+    first = next(c for c in claims if c.name == "erk-beats-uniform-5")
+    names = {c.experiment.name for c in claims}
+    committed = json.loads((ROOT / "claims" / "results.json").read_text())
+    values = {int(s): arms for s, arms in committed["experiments"][first.experiment.name]["values"].items()}
+    findings = [judge(c, values) for c in claims if c.experiment is first.experiment]
+    rows, numbers, kept = runner.merged(findings, {first.experiment.name: values}, committed)
+    assert [f.claim.name for f in rows] == [c.name for c in claims]
+    earlier = [name for group in kept.values() for name in group]
+    assert first.experiment.name not in earlier
+    assert set(earlier) | {first.experiment.name} == set(numbers) <= names
+    assert all((f.verdict == NOT_RUN) == (f.claim.experiment.name not in numbers) for f in rows)
+    again = json.loads(table.as_json(rows, numbers, committed["provenance"] | {"kept_from_earlier_code": kept}))
+    assert runner.merged(findings, {first.experiment.name: values}, again)[2] == kept

@@ -45,9 +45,10 @@ class _Trouble:
 def fit(coupling: Coupling, keep: Keep) -> Plan:
     """Return the plan for `keep`, without the families whose removal the module's own code does not survive.
 
-    The cut is tried on a copy without numbers: if its forward runs the same operators with the predicted shapes, the
-    plan stands. Otherwise the numbers that the failing module remembers are adjusted; where that does not help, the
-    families that meet at the failing operator are left whole, and named in `Plan.blocked`.
+    The module is run with tensors of the cut shapes that hold no numbers: if it runs the same operators with the
+    predicted shapes, the plan stands. Otherwise the numbers that the failing module remembers, then the sizes that its
+    code spells, are adjusted; where that does not help, the families that meet at the failing operator are left whole,
+    and named in `Plan.blocked`.
     """
     graph = coupling.graph
     model = graph.model

@@ -85,8 +85,8 @@ def element_scores(
     """Return the score of every weight that some family touches, by any of the element scores (`prunus ls scores`).
 
     Biases, norm parameters and tables that only ride along have none; weights of unknown layout (a bare parameter
-    that multiplies activations) count by magnitude-like scores as axis-0 outputs. `example`, one input tensor, stands in
-    for data where a score needs inputs without labels.
+    that multiplies activations) count by magnitude-like scores as axis-0 outputs. `example`, one input tensor, serves
+    as data where a score needs inputs without labels.
     """
     from prunus.keep import read_data
     from prunus.parameters import prunable
@@ -169,26 +169,18 @@ def unit_scores(
         if rest and notes is not None:
             named = ", ".join(f.name for f in rest[:3]) + (", ..." if len(rest) > 3 else "")
             notes.append(f"score {info.name} says nothing about {len(rest)} families, ranked by magnitude: {named}")
-        more = _pooled_scores(model, rest, "magnitude", "sum", normalise, None, None, seed, False) if rest else {}
+        more = _pooled_scores(model, rest, element_scores(model, rest), "sum", normalise) if rest else {}
         return {f.name: (result | more)[f.name] for f in families}
-    return _pooled_scores(model, families, score, pool or "sum", normalise, data, loss, seed, train_mode)
-
-
-def _pooled_scores(
-    model: nn.Module,
-    families: Sequence[Family],
-    score: str,
-    pool: str,
-    normalise: str,
-    data: Iterable[Any] | None,
-    loss: Loss | None,
-    seed: int,
-    train_mode: bool,
-) -> dict[str, Tensor]:
-    """Return the pooled element scores of every family."""
     elements = element_scores(
         model, families, score, data=data, example=example, loss=loss, seed=seed, train_mode=train_mode
     )
+    return _pooled_scores(model, families, elements, pool or "sum", normalise)
+
+
+def _pooled_scores(
+    model: nn.Module, families: Sequence[Family], elements: Mapping[str, Tensor], pool: str, normalise: str
+) -> dict[str, Tensor]:
+    """Return the pooled element scores of every family."""
     tensors = stored_tensors(model)
     result = {}
     for family in families:
