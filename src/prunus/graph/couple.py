@@ -90,6 +90,8 @@ class Coupling:
         self.roles = dict(coupler.role)
         self._leaf_cache: dict[int, tuple[Ids, Ids]] = {}
         self._family_of_leaf: dict[int, str] | None = None
+        self._last: NDArray[np.bool_] | None = None
+        self._stays: dict[int, NDArray[np.bool_]] = {}
         self.families, self.unprunable = self._gather(coupler)
         self._by_name = {f.name: f for f in self.families}
 
@@ -237,9 +239,17 @@ class Coupling:
 
     def kept(self, ids: Ids, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which positions of an axis stay."""
-        position, leaf = self._leaves(ids)
-        stays = np.ones(len(ids), dtype=bool)
-        stays[position[gone[leaf]]] = False
+        # One cut is asked about many times in a row, so the answers about the last one are remembered.
+        if self._last is not gone:
+            if self._last is None or not np.array_equal(self._last, gone):
+                self._stays.clear()
+            self._last = gone
+        stays = self._stays.get(id(ids))
+        if stays is None:
+            position, leaf = self._leaves(ids)
+            stays = np.ones(len(ids), dtype=bool)
+            stays[position[gone[leaf]]] = False
+            self._stays[id(ids)] = stays
         return stays
 
     def from_weights(self, value: Value, axis: int) -> bool:
