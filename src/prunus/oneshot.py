@@ -17,14 +17,16 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor, nn
 
 from prunus.budget.budgets import Budget
-from prunus.errors import DamagedFile, InvalidValue, MaskMismatch, Unsupported, unknown
+from prunus.errors import DamagedFile, InvalidValue, MaskMismatch, unknown
 from prunus.evidence import Loss
-from prunus.files import sha256_bytes, write_atomic
+from prunus.files import write_atomic
 from prunus.keep import choose, read_data
 from prunus.masks import Masks
 from prunus.measure.pruning_report import PruningReport, compare
 from prunus.parameters import copied, parameters_of, prunable, unwrap
 from prunus.structured.registry import UNIT_SCORES
+from prunus.structured.saved import FORMAT as SMALL_FORMAT
+from prunus.structured.saved import check_fits, content_hash, header_of, rebuild, untied
 from prunus.units import Structural, Unit
 from prunus.units import unit as unit_of
 
@@ -59,18 +61,9 @@ def pack(model: nn.Module, masks: Masks) -> bytes:
     """Return the model's state as safetensors bytes, masked tensors as bitmap plus kept values, with a content hash."""
     bare = unwrap(model)
     masks.parameters(bare)
+    state, aliases = untied(bare)
     tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, value in bare.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise Unsupported(f"state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved.")
-        place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-        if value.numel() and place in seen:
-            aliases[name] = seen[place]  # tied tensors are stored once
-            continue
-        seen[place] = name
-        value = value.detach().cpu()
+    for name, value in state.items():
         if name in masks:
             tensors[f"kept:{name}"] = value[masks[name].cpu()].contiguous()
         else:
@@ -80,19 +73,9 @@ def pack(model: nn.Module, masks: Masks) -> bytes:
             raise MaskMismatch(f"mask {name!r} is another name of {aliases[name]!r}; call it so.")
     tensors |= {f"mask:{n}": bits for n, bits in masks.packed().items()}
     header = {"format": _FORMAT, "shapes": {n: list(m.shape) for n, m in masks.items()}, "aliases": aliases}
-    header["sha256"] = _content_hash(header, tensors)
+    header["sha256"] = content_hash([_FORMAT, header["shapes"], aliases], tensors)
     # One key only: safetensors writes several in random order, and equal models should be equal files.
     return safetensors_save(tensors, metadata={"prunus": json.dumps(header)})
-
-
-def _content_hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    described = [f"{n}|{t.dtype}|{list(t.shape)}|{sha256_bytes(_bytes(t))}" for n, t in sorted(tensors.items())]
-    facts = json.dumps([header["format"], header["shapes"], header["aliases"]], sort_keys=True)
-    return sha256_bytes("\n".join([facts, *described]).encode())
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read_packed(path: Path | str) -> tuple[dict[str, Tensor], Masks]:
@@ -104,9 +87,9 @@ def read_packed(path: Path | str) -> tuple[dict[str, Tensor], Masks]:
         raise DamagedFile(f"model file {source} cannot be read: {error.strerror}.") from error
     try:
         tensors = safetensors_load(data)
-        header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["prunus"])
-        sound = header["format"] == _FORMAT and header["sha256"] == _content_hash(header, tensors)
+        header = header_of(data)
         shapes, aliases = header["shapes"], header["aliases"]
+        sound = header["format"] == _FORMAT and header["sha256"] == content_hash([_FORMAT, shapes, aliases], tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedFile(f"{source} is not a readable model file ({error}); restore it from a copy.") from error
     if not sound:
@@ -121,10 +104,8 @@ def read_packed(path: Path | str) -> tuple[dict[str, Tensor], Masks]:
 
 
 def _is_small(path: Path | str) -> bool:
-    from prunus.structured.saved import FORMAT, header_of
-
     try:
-        return bool(header_of(Path(path).read_bytes())["format"] == FORMAT)
+        return bool(header_of(Path(path).read_bytes())["format"] == SMALL_FORMAT)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False  # the reader of masked models says what is wrong with it
 
@@ -145,21 +126,11 @@ def load(path: Path | str, model: Model, *, with_masks: bool = False) -> Any:
     """
     source = str(path)
     if _is_small(path):
-        from prunus.structured.saved import rebuild
-
         rebuild(source, Path(path).read_bytes(), model)
         return (model, Masks({})) if with_masks else model
     state, masks = read_packed(path)
     bare = unwrap(model)
-    theirs = {n: tuple(t.shape) for n, t in bare.state_dict().items()}
-    mine = {n: tuple(t.shape) for n, t in state.items()}
-    different = sorted(n for n in theirs.keys() | mine.keys() if theirs.get(n) != mine.get(n))
-    if different:
-        first = different[0]
-        raise MaskMismatch(
-            f"{source} does not fit {type(bare).__name__}: {len(different)} tensors differ, first {first!r} "
-            f"(file {mine.get(first, 'absent')}, model {theirs.get(first, 'absent')})."
-        )
+    check_fits(source, bare, state, named=type(bare).__name__)
     bare.load_state_dict(state)
     return (model, masks) if with_masks else model
 

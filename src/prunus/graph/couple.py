@@ -87,7 +87,6 @@ class Coupling:
         self._costs = coupler.costs
         self._solution = solution
         self.without_rule = dict(coupler.without_rule)
-        self.roles = dict(coupler.role)
         self._leaf_cache: dict[int, tuple[Ids, Ids]] = {}
         self._family_of_leaf: dict[int, str] | None = None
         self._last: NDArray[np.bool_] | None = None
