@@ -23,7 +23,7 @@ from prunus.files import write_atomic
 from prunus.keep import choose, read_data
 from prunus.masks import Masks
 from prunus.measure.pruning_report import PruningReport, compare
-from prunus.parameters import copied, parameters_of, prunable, unwrap
+from prunus.parameters import copied, load_exact, parameters_of, prunable, unwrap
 from prunus.structured.registry import UNIT_SCORES
 from prunus.structured.saved import FORMAT as SMALL_FORMAT
 from prunus.structured.saved import check_fits, content_hash, header_of, rebuild, untied
@@ -131,7 +131,7 @@ def load(path: Path | str, model: Model, *, with_masks: bool = False) -> Any:
     state, masks = read_packed(path)
     bare = unwrap(model)
     check_fits(source, bare, state, named=type(bare).__name__)
-    bare.load_state_dict(state)
+    load_exact(bare, state)
     return (model, masks) if with_masks else model
 
 

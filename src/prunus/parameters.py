@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -193,8 +194,24 @@ def _reason_to_skip(parameter: Tensor, layout: dict[str, object] | None, embedde
     return None
 
 
-def _matches(name: str, aliases: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(n, p) for n in (name, *aliases) for p in patterns)
+class _Patterns:
+    """Shell patterns of names; plain names among them are looked up, since there may be as many as tensors."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.plain = {p for p in patterns if not set(p) & set("*?[")}
+        self.wild = [p for p in patterns if p not in self.plain]
+
+    def match(self, name: str, aliases: Sequence[str] = ()) -> bool:
+        """Return whether some pattern matches the name or an alias of it."""
+        every = (name, *aliases)
+        return not self.plain.isdisjoint(every) or any(fnmatch.fnmatchcase(n, p) for n in every for p in self.wild)
+
+    def unmatched(self, names: Sequence[str]) -> Iterator[str]:
+        """Yield the patterns that match none of the names."""
+        yield from sorted(self.plain - set(names))
+        for pattern in self.wild:
+            if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+                yield pattern
 
 
 def prunable(
@@ -234,8 +251,9 @@ def prunable(
         names.setdefault(id(parameter), []).append(name)
         tensors[id(parameter)] = parameter
     every_name = [n for group in names.values() for n in group]
-    for pattern in (*include, *exclude):
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in every_name):
+    included, excluded = _Patterns(include), _Patterns(exclude)
+    for patterns in (included, excluded):
+        for pattern in patterns.unmatched(every_name):
             raise InvalidValue(f"pattern {pattern!r} matches no parameter name.{did_you_mean(pattern, every_name)}")
 
     layouts: dict[int, dict[str, object]] = {}
@@ -270,9 +288,9 @@ def prunable(
             reason = "already under torch.nn.utils.prune; call torch.nn.utils.prune.remove on it first"
         elif key in parametrised:
             reason = f"parametrised by {parametrised[key]}, under which a zero need not stay zero; fold it first"
-        elif reason is not None and _matches(name, aliases, include) and tensor.is_floating_point():
+        elif reason is not None and included.match(name, aliases) and tensor.is_floating_point():
             reason = None if tensor.ndim and tensor.numel() else reason
-        if reason is None and _matches(name, aliases, exclude):
+        if reason is None and excluded.match(name, aliases):
             reason = "excluded by name"
         if reason is not None:
             skipped[name] = reason
@@ -310,3 +328,13 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
                 f"{what} {name!r} has {bad} NaN or infinite of {tensor.numel()} values, so it cannot be ranked; "
                 "load sound weights or lower the learning rate, and use float32 for scoring."
             )
+
+
+def load_exact(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill `model` with a state that holds all of its entries, as one written by the same version of its class.
+
+    Modules that convert older states look at the version beside the tensors, which a file does not carry.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(versioned)

@@ -91,6 +91,7 @@ class Coupling:
         self._family_of_leaf: dict[int, str] | None = None
         self._last: NDArray[np.bool_] | None = None
         self._stays: dict[int, NDArray[np.bool_]] = {}
+        self._shaped: tuple[NDArray[np.bool_], list[tuple[int, ...]]] | None = None
         self.families, self.unprunable = self._gather(coupler)
         self._by_name = {f.name: f for f in self.families}
 
@@ -278,6 +279,8 @@ class Coupling:
     def shapes(self, keep: Keep) -> list[tuple[int, ...]]:
         """Return the shape of every value of the graph after the cut, in graph order."""
         gone = self.removed(keep)
+        if self._shaped is not None and np.array_equal(self._shaped[0], gone):
+            return list(self._shaped[1])
         counts: dict[int, int] = {}
         result = []
         for value in self.graph.values:
@@ -292,7 +295,8 @@ class Coupling:
                         counts[id(ids)] = int(self.kept(ids, gone).sum())
                     shape[axis] = counts[id(ids)]
             result.append(tuple(shape))
-        return result
+        self._shaped = gone, result
+        return list(result)
 
     def macs(self, keep: Keep | None = None) -> int:
         """Return the multiply-accumulates of the example after the cut (of the whole network without one)."""

@@ -21,7 +21,24 @@ Indices = Mapping[str, "np.ndarray[Any, np.dtype[np.int64]]"]
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by their first names."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters, buffers = parameters_and_buffers(model)
+    return parameters | buffers
+
+
+def parameters_and_buffers(
+    model: nn.Module, *, every_name: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return (parameters, buffers) by name in one walk, each tensor under its first name or under all it has."""
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    seen: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=not every_name):
+        prefix = f"{path}." if path else ""
+        for store, into in zip((module._parameters, module._buffers), found, strict=True):
+            for key, tensor in store.items():
+                if tensor is not None and (every_name or id(tensor) not in seen):
+                    seen.add(id(tensor))
+                    into[prefix + key] = tensor
+    return found
 
 
 def sliced(model: nn.Module, indices: Indices) -> dict[int, Tensor]:

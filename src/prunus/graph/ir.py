@@ -58,7 +58,10 @@ class Node:
     def inputs(self) -> Iterator[Value]:
         """Yield every tensor argument, lists flattened."""
         for argument in self.args.values():
-            yield from values_in(argument)
+            if isinstance(argument, Value):
+                yield argument
+            elif isinstance(argument, list | tuple):
+                yield from values_in(argument)
 
     def __str__(self) -> str:
         return f"{self.op} in {self.module or 'the model itself'}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from prunus.errors import InvalidValue, Unsupported
 from prunus.graph.attention import headwise
+from prunus.graph.edit import parameters_and_buffers
 from prunus.graph.ir import Call, Graph, Node, Value
 from prunus.graph.sizes import averaged_axes, left_open, ranges_of, sizes_itself
 from prunus.parameters import unwrap
@@ -42,18 +44,65 @@ _UNARY = {"relu", "relu6", "silu", "gelu", "hardtanh", "hardswish", "hardsigmoid
 def _shortcut(name: str, args: Any) -> Any:
     """Return the result of common operators on meta tensors, whose own shape functions are slow; None for others."""
     if not args or not isinstance(args[0], Tensor):
-        return None
+        return _joined(args[0], args[1] if len(args) == 2 else 0) if name == "cat" and len(args) <= 2 else None
     first = args[0]
     if name in _UNARY:
         return first.new_empty(first.shape)
     if name.endswith("_") and name[:-1] in _UNARY:
         return first
-    if name in ("add", "add_", "mul", "mul_") and len(args) == 2 and isinstance(args[1], Tensor):
-        if args[1].shape == first.shape and args[1].dtype == first.dtype:
-            return first if name.endswith("_") else first.new_empty(first.shape)
-    elif name == "native_batch_norm":
+    if name.removesuffix("_") in ("add", "sub", "mul", "div") and len(args) == 2:
+        return _broadcast(first, args[1], inplace=name.endswith("_"))
+    if name == "native_batch_norm":
         return first.new_empty(first.shape), first.new_empty(0), first.new_empty(0)
+    if name == "native_layer_norm":
+        over = tuple(args[1])
+        leading = first.shape[: first.ndim - len(over)]
+        if tuple(first.shape) == (*leading, *over) and all(t is None or tuple(t.shape) == over for t in args[2:4]):
+            statistics = (*leading, *(1 for _ in over))
+            return first.new_empty(first.shape), first.new_empty(statistics), first.new_empty(statistics)
+    if name == "addmm":
+        one, other = args[1], args[2]
+        alike = first.dtype == one.dtype == other.dtype
+        if alike and one.shape[1] == other.shape[0] and tuple(first.shape) == (other.shape[1],):
+            return first.new_empty((one.shape[0], other.shape[1]))
     return None
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor | None:
+    """Return the shape of a concatenation as an empty tensor, if it is a plain case."""
+    first = parts[0]
+    axis = axis % max(1, first.ndim)
+    for part in parts:
+        others = [a == b or i == axis for i, (a, b) in enumerate(zip(part.shape, first.shape, strict=False))]
+        if part.dtype != first.dtype or part.ndim != first.ndim or not all(others):
+            return None
+    return first.new_empty([sum(p.shape[axis] for p in parts) if i == axis else n for i, n in enumerate(first.shape)])
+
+
+def _broadcast(first: Tensor, second: Any, *, inplace: bool) -> Tensor | None:
+    """Return the shape of elementwise arithmetic as an empty tensor, if it is a plain case."""
+    if not first.is_floating_point():
+        return None
+    if isinstance(second, Tensor):
+        if second.dtype != first.dtype or second.device != first.device:
+            return None
+        shape = first.shape if second.shape == first.shape else torch.broadcast_shapes(first.shape, second.shape)
+    elif isinstance(second, float):
+        shape = first.shape
+    else:
+        return None
+    if inplace:
+        return first if shape == first.shape else None
+    return first.new_empty(shape)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any) -> Tensor | None:
+    """Return the shape of plain attention as an empty tensor; None where batches or heads are broadcast."""
+    if attn_mask is not None or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return None
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2] or query.dtype != value.dtype:
+        return None
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 class _Recorder(TorchDispatchMode):
@@ -163,7 +212,8 @@ class _Functions(TorchFunctionMode):
         named.update((n, recorder.look_up(a)) for n, a in kwargs.items())
         recorder.paused += 1
         try:
-            result = function(*args, **kwargs)
+            result = _attended(*args, **kwargs) if recorder.graph.source == "meta" else None
+            result = function(*args, **kwargs) if result is None else result
         finally:
             recorder.paused -= 1
         value = recorder.register(result, recorder.graph.value(tuple(result.shape)))
@@ -199,30 +249,28 @@ def swapped(model: nn.Module, replacement: Mapping[str, Tensor]) -> Iterator[Non
 @contextlib.contextmanager
 def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Keep `recorder.path` at the module that is running."""
-    handles = []
 
-    def enter(path: str) -> Any:
-        def hook(*_: Any) -> None:
-            recorder.path.append(path)
-            recorder.counters.append([0])
-
-        return hook
+    def enter(path: str, *_: Any) -> None:
+        recorder.path.append(path)
+        recorder.counters.append([0])
 
     def leave(*_: Any) -> None:
         recorder.path.pop()
         recorder.counters.pop()
 
-    seen: set[int] = set()
+    # Registering two hooks per module by handle takes as long as the forward itself, so they are put in directly,
+    # under a key that nobody else can have.
+    key: Any = object()
+    modules = list(model.named_modules())
     try:
-        for path, module in model.named_modules():
-            if id(module) not in seen:
-                seen.add(id(module))
-                handles.append(module.register_forward_pre_hook(enter(path)))
-                handles.append(module.register_forward_hook(leave))
+        for path, module in modules:
+            module._forward_pre_hooks[key] = partial(enter, path)
+            module._forward_hooks[key] = leave
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for _, module in modules:
+            module._forward_pre_hooks.pop(key, None)
+            module._forward_hooks.pop(key, None)
 
 
 @contextlib.contextmanager
@@ -314,8 +362,7 @@ def _stand_ins(model: nn.Module, graph: Graph, recorder: _Recorder, meta: bool) 
     """Make every stored tensor a value of the graph; return its stand-ins without numbers by all names if `meta`."""
     replacement: dict[str, Tensor] = {}
     names: dict[int, str] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    parameters, buffers = parameters_and_buffers(model, every_name=True)
     for kind, tensors in (("parameter", parameters), ("buffer", buffers)):
         for name, tensor in tensors.items():
             first = names.setdefault(id(tensor), name)
@@ -374,13 +421,13 @@ def record(model: nn.Module, example: Any) -> Graph:
 
 
 def _check_example(model: nn.Module, example: Any) -> None:
-    tensors = [*model.parameters(), *model.buffers()]
-    for name, parameter in model.named_parameters():
+    named = list(model.named_parameters())
+    for name, parameter in named:
         if isinstance(parameter, UninitializedParameter):
             raise InvalidValue(f"parameter {name!r} is lazy and has no shape yet; run one forward pass first.")
     inputs = [i for i in tree_flatten(arguments(example))[0] if isinstance(i, Tensor)]
     for given in inputs:
-        if tensors and given.is_meta and not any(t.is_meta for t in tensors):
+        if given.is_meta and named and not any(t.is_meta for _, t in named):
             raise InvalidValue("the example is on the meta device and the model is not; give an example with numbers.")
 
 

@@ -212,11 +212,13 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
 
 def _checked(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return the masks under the first names of their parameters, each tied parameter once."""
+    if not masks:
+        return {}
     model = unwrap(model)
     first = {id(p): name for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     checked: dict[str, Tensor] = {}
-    for name, mask in (masks or {}).items():
+    for name, mask in masks.items():
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != mask.shape:
             found = "no such parameter" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"

@@ -22,6 +22,7 @@ from prunus.data.examples import Examples, Splits
 from prunus.errors import InvalidValue, RecipeChanged, unknown
 from prunus.files import canonical_json, sha256_bytes
 from prunus.masks import Masks
+from prunus.parameters import load_exact
 from prunus.randomness import key
 from prunus.run.store import Store
 from prunus.schedule import Duration
@@ -99,7 +100,7 @@ class State:
     def model(self, run: Run) -> nn.Module:
         """Return a fresh model of the run, in this shape, with these weights, on its device, in training mode."""
         model = run.model if self.shape is None else self.shape.apply(run.model).to(run.device).train()
-        model.load_state_dict(self.weights)
+        load_exact(model, self.weights)
         return model
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ from torch import Tensor, nn
 from prunus.errors import InvalidValue
 from prunus.evidence import Loss
 from prunus.graph.couple import Coupling, Family
-from prunus.graph.edit import stored_tensors
+from prunus.graph.edit import parameters_and_buffers, stored_tensors
 from prunus.parameters import check_finite
 
 POOLS = ("sum", "mean", "max", "l2")
 NORMALISATIONS = ("none", "sum", "mean", "max")
+
+
+def _check_choices(pool: str, normalise: str) -> None:
+    if pool not in POOLS:
+        raise InvalidValue(f"pool {pool!r} must be one of {', '.join(POOLS)}.")
+    if normalise not in NORMALISATIONS:
+        raise InvalidValue(f"normalise {normalise!r} must be one of {', '.join(NORMALISATIONS)}.")
 
 
 def pooled(elements: Mapping[str, Tensor], family: Family, *, pool: str = "sum", normalise: str = "none") -> Tensor:
@@ -30,30 +38,54 @@ def pooled(elements: Mapping[str, Tensor], family: Family, *, pool: str = "sum",
     Raises:
         InvalidValue: pool or normalise is unknown, or no slot of the family has scores.
     """
-    if pool not in POOLS:
-        raise InvalidValue(f"pool {pool!r} must be one of {', '.join(POOLS)}.")
-    if normalise not in NORMALISATIONS:
-        raise InvalidValue(f"normalise {normalise!r} must be one of {', '.join(NORMALISATIONS)}.")
+    _check_choices(pool, normalise)
+    named = {s.tensor: elements[s.tensor] for s in family.slots if s.tensor in elements}
+    profiles = {n: profile(t, {s.axis for s in family.slots if s.tensor == n}, pool) for n, t in named.items()}
+    return _joined(profiles, family, pool, normalise)
+
+
+def profile(scores: Tensor, axes: Collection[int], pool: str) -> dict[int, Tensor]:
+    """Return for each axis of an element score one number per position, shape (scores.shape[axis],), float64.
+
+    Args:
+        scores: of every element.
+        axes: which.
+        pool: over the other axes: "max", "l2" (the sum of squares), "sum" or "mean" (both the sum).
+    """
+    scores = scores.detach()
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    scores = scores.square() if pool == "l2" else scores
+    if scores.ndim > 2 and axes and max(axes) < 2:
+        # Kernels lie together in memory, so pooling them first leaves little for the strided axis.
+        kernels = scores.flatten(2)
+        if kernels.shape[2] == 1:
+            scores = kernels[:, :, 0]
+        else:
+            scores = kernels.amax(2) if pool == "max" else kernels.sum(2)
+    found = {}
+    for axis in axes:
+        others = [other for other in range(scores.ndim) if other != axis]
+        # Summed in the tensors' own precision (torch sums pairwise), then over slots and positions in float64.
+        along = (scores.amax(others) if pool == "max" else scores.sum(others)) if others else scores
+        found[axis] = along.double()
+    return found
+
+
+def _joined(profiles: Mapping[str, Mapping[int, Tensor]], family: Family, pool: str, normalise: str) -> Tensor:
+    """Return the scores of a family's units from the profiles of its tensors; see `pooled`."""
     total: Tensor | None = None
     count = 0
     for slot in family.slots:
-        scores = elements.get(slot.tensor)
-        if scores is None:
+        if slot.tensor not in profiles:
             continue
-        scores = scores.detach()
-        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        others = [axis for axis in range(scores.ndim) if axis != slot.axis]
-        count += scores.numel() // scores.shape[slot.axis] * slot.index.shape[1]
-        index = torch.as_tensor(slot.index, device=scores.device)
-        if pool == "max":
-            units = (scores.amax(others) if others else scores).double()[index].amax(1)
-            total = units if total is None else torch.maximum(total, units)
+        count += math.prod(slot.shape) // slot.shape[slot.axis] * slot.index.shape[1]
+        along = profiles[slot.tensor][slot.axis]
+        positions = along[torch.as_tensor(slot.index, device=along.device)]
+        units = positions.amax(1) if pool == "max" else positions.sum(1)
+        if total is None:
+            total = units
         else:
-            terms = scores.square() if pool == "l2" else scores
-            # Summed in the tensors' own precision (torch sums pairwise), then over slots and positions in float64.
-            along = (terms.sum(others) if others else terms).double()
-            units = along[index].sum(1)
-            total = units if total is None else total + units
+            total = torch.maximum(total, units) if pool == "max" else total + units
     if total is None:
         raise InvalidValue(f"no tensor of family {family.name!r} has scores.")
     if pool == "mean":
@@ -81,12 +113,13 @@ def element_scores(
     loss: Loss | None = None,
     seed: int = 0,
     train_mode: bool = False,
-) -> dict[str, Tensor]:
-    """Return the score of every weight that some family touches, by any of the element scores (`prunus ls scores`).
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the scores of every weight that some family touches, by any of the element scores (`prunus ls scores`).
 
-    Biases, norm parameters and tables that only ride along have none; weights of unknown layout (a bare parameter
-    that multiplies activations) count by magnitude-like scores as axis-0 outputs. `example`, one input tensor, serves
-    as data where a score needs inputs without labels.
+    Scores are computed one tensor at a time, so that those of a large network are never held together. Biases, norm
+    parameters and tables that only ride along have none; weights of unknown layout (a bare parameter that multiplies
+    activations) count by magnitude-like scores as axis-0 outputs. `example`, one input tensor, serves as data where a
+    score needs inputs without labels.
     """
     from prunus.keep import read_data
     from prunus.parameters import prunable
@@ -95,12 +128,12 @@ def element_scores(
 
     info = SCORES.entry(score)
     touched = {s.tensor for f in families for s in f.slots if s.role in ("output", "input")}
-    named = dict(model.named_parameters())
+    named = parameters_and_buffers(model)[0]
     include = [n for n in touched if n in named and named[n].ndim >= 2 and named[n].is_floating_point()]
     addresses = prunable(model, include=[_escaped(n) for n in include], empty_ok=True)
     wanted = {n: a for n, a in addresses.items() if n in touched}
     if not wanted:
-        return {}
+        return
     device = next(iter(named.values())).device
     unlabelled = info.data in ("example", "inputs") and isinstance(example, Tensor)
     read = read_data(data, None, example if unlabelled else None, device)
@@ -108,7 +141,8 @@ def element_scores(
         model, wanted, list(info.needs), data=read or None, loss=loss, seed=seed, round=0, train=train_mode
     )
     function = info.load()
-    return {n: function(**{need: evidence[n][need] for need in info.needs}) for n in wanted}
+    for name in wanted:
+        yield name, function(**{need: evidence[name][need] for need in info.needs})
 
 
 def _escaped(name: str) -> str:
@@ -154,8 +188,7 @@ def unit_scores(
 
     if any(p.is_meta for p in model.parameters()):
         raise InvalidValue("the model is on the meta device and holds no numbers to score; load its weights first.")
-    if normalise not in NORMALISATIONS:
-        raise InvalidValue(f"normalise {normalise!r} must be one of {', '.join(NORMALISATIONS)}.")
+    _check_choices(pool or "sum", normalise)
     info = info_for(score, unit)
     if info is not None:
         if pool is not None:
@@ -169,24 +202,43 @@ def unit_scores(
         if rest and notes is not None:
             named = ", ".join(f.name for f in rest[:3]) + (", ..." if len(rest) > 3 else "")
             notes.append(f"score {info.name} says nothing about {len(rest)} families, ranked by magnitude: {named}")
-        more = _pooled_scores(model, rest, element_scores(model, rest), "sum", normalise) if rest else {}
+        more = ranked(rest, element_scores(model, rest), stored_tensors(model), "sum", normalise) if rest else {}
         return {f.name: (result | more)[f.name] for f in families}
     elements = element_scores(
         model, families, score, data=data, example=example, loss=loss, seed=seed, train_mode=train_mode
     )
-    return _pooled_scores(model, families, elements, pool or "sum", normalise)
+    return ranked(families, elements, stored_tensors(model), pool or "sum", normalise)
 
 
-def _pooled_scores(
-    model: nn.Module, families: Sequence[Family], elements: Mapping[str, Tensor], pool: str, normalise: str
+def ranked(
+    families: Sequence[Family],
+    elements: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+    pool: str,
+    normalise: str,
 ) -> dict[str, Tensor]:
-    """Return the pooled element scores of every family."""
-    tensors = stored_tensors(model)
+    """Return the pooled element scores of every family; those of tables and norms alone go by what they hold.
+
+    Args:
+        families: the units.
+        elements: names and scores of tensors; each is looked at once, as it comes.
+        tensors: values of every tensor that families touch.
+        pool, normalise: as for `pooled`.
+    """
+    _check_choices(pool, normalise)
+    axes: dict[str, set[int]] = {}
+    for family in families:
+        for slot in family.slots:
+            axes.setdefault(slot.tensor, set()).add(slot.axis)
+    profiles = {name: profile(scores, axes[name], pool) for name, scores in elements if name in axes}
     result = {}
     for family in families:
-        mine = elements
-        if not any(s.tensor in elements for s in family.slots):
-            # Families of tables and norms alone are ranked by what they hold.
-            mine = {s.tensor: tensors[s.tensor].abs() for s in family.slots if tensors[s.tensor].is_floating_point()}
-        result[family.name] = pooled(mine, family, pool=pool, normalise=normalise)
+        mine = profiles
+        if not any(s.tensor in profiles for s in family.slots):
+            mine = {
+                s.tensor: profile(tensors[s.tensor].abs(), axes[s.tensor], pool)
+                for s in family.slots
+                if tensors[s.tensor].is_floating_point()
+            }
+        result[family.name] = _joined(mine, family, pool, normalise)
     return result

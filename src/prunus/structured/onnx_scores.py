@@ -16,7 +16,7 @@ from prunus.graph.onnx_file import Arrays, Session, inputs_of
 from prunus.graph.onnx_graph import OnnxGraph
 from prunus.parameters import check_finite
 from prunus.randomness import generator
-from prunus.structured.importance import pooled
+from prunus.structured.importance import ranked
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -83,23 +83,19 @@ def unit_scores_onnx(
     check_finite(weights, "weight")
     norms = input_norms(source, weights, batches) if "input_norm" in info.needs else {}
     function = info.load()
-    elements: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        evidence: dict[str, Tensor] = {"weight": weight}
-        if "noise" in info.needs:
-            evidence["noise"] = torch.rand(weight.shape, generator=generator(seed, "score noise", name))
-        if "input_norm" in info.needs:
-            if name not in norms:
-                continue  # a table, say, that multiplies no activations
-            evidence["input_norm"] = norms[name]
-        elements[name] = function(**{need: evidence[need] for need in info.needs})
-    result = {}
-    for family in families:
-        mine: Mapping[str, Tensor] = elements
-        if not any(s.tensor in elements for s in family.slots):
-            mine = {s.tensor: tensors[s.tensor].abs() for s in family.slots}
-        result[family.name] = pooled(mine, family, pool=pool, normalise=normalise)
-    return result
+
+    def elements() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights.items():
+            evidence: dict[str, Tensor] = {"weight": weight}
+            if "noise" in info.needs:
+                evidence["noise"] = torch.rand(weight.shape, generator=generator(seed, "score noise", name))
+            if "input_norm" in info.needs:
+                if name not in norms:
+                    continue  # a table, say, that multiplies no activations
+                evidence["input_norm"] = norms[name]
+            yield name, function(**{need: evidence[need] for need in info.needs})
+
+    return ranked(families, elements(), tensors, pool, normalise)
 
 
 def _tensors(model: ModelProto, names: set[str]) -> dict[str, Tensor]:

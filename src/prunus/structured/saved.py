@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunus.errors import DamagedFile, MaskMismatch, Unsupported
 from prunus.files import sha256_bytes
 from prunus.graph.plan import Plan
-from prunus.parameters import unwrap
+from prunus.parameters import load_exact, unwrap
 
 FORMAT = "prunus-small-model-1"
 
@@ -109,5 +109,5 @@ def rebuild(path: Path | str, data: bytes, model: nn.Module) -> nn.Module:
     plan.check(bare)
     check_fits(str(path), plan.apply(bare), state, named=type(bare).__name__)
     plan.apply(bare, inplace=True)
-    bare.load_state_dict(state)
+    load_exact(bare, state)
     return bare
