@@ -104,6 +104,35 @@ def test_doctor_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"torch", "digits"} <= {f["what"] for f in json.loads(capsys.readouterr().out)}
 
 
+def test_doctor_names_the_live_engine_and_its_instruction_set(capsys: pytest.CaptureFixture[str]) -> None:
+    from prunus.runtime.library import engine, why_not
+
+    if why_not():
+        pytest.skip(why_not())
+    assert main(["doctor", "--json"]) == 0
+    (found,) = [f for f in json.loads(capsys.readouterr().out) if f["what"] == "engine"]
+    assert found["ok"]
+    assert found["value"].startswith(f"{engine().path}, uses {engine().sets[0]}")
+
+
+def test_doctor_says_why_there_is_no_engine_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from prunus.runtime import library
+
+    monkeypatch.delenv("PRUNUS_ENGINE", raising=False)
+    monkeypatch.setattr(library, "_candidates", lambda: [tmp_path / "_engine.so"])
+    library._loaded.cache_clear()
+    try:
+        assert main(["doctor"]) == 0
+    finally:
+        library._loaded.cache_clear()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "engine"]
+    assert line.startswith("note")
+    assert "C++ compiler" in line
+    assert "install" in line
+
+
 def test_plan_counts_the_steps_and_writes_nothing(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

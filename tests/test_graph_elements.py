@@ -206,6 +206,14 @@ def test_factor_recognises_tiled_and_repeated_axes():
     assert left.tolist() == ids.tolist()
     assert system.factor(ids, 3)[1] is None
     assert system.factor(ids, 1)[0] is None
+    whole = system.fresh(6)
+    once, other = system.factor(whole, 3)
+    left, right = system.factor(np.tile(whole, 2), 6)  # twice the same: its factors come twice, not from new ones
+    assert len(left) == 6
+    assert left[:3].tolist() == left[3:].tolist()
+    solution = system.solve()
+    assert (solution.label[left[:3]] == solution.label[once]).all()
+    assert (solution.label[right] == solution.label[other]).all()
 
 
 def test_fixing_a_product_fixes_its_factors_down_to_the_leaves():

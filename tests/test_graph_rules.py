@@ -1632,6 +1632,62 @@ def test_norms_may_go_on_counting_what_went_and_stay_exact():
         couple(record(model, FLAT), norms="all")
 
 
+def standardised(layer: nn.Conv2d) -> torch.Tensor:
+    """Return weights of which every filter has mean zero and variance one, computed by batch norm."""
+    flat = layer.weight.reshape(1, layer.weight.shape[0], -1)
+    flat = F.batch_norm(flat, None, None, weight=layer.bias, training=True, momentum=0.0)
+    return flat.reshape_as(layer.weight)
+
+
+def test_standardised_weights_may_go_on_counting_what_went():
+    model = scrambled(
+        Net(
+            lambda m, x: F.conv2d(F.silu(F.conv2d(x, standardised(m.a), m.a.bias)), standardised(m.b), m.b.bias),
+            a=nn.Conv2d(3, 6, 3),
+            b=nn.Conv2d(6, 4, 3),
+        )
+    )
+    graph = record(model, IMAGE)
+    assert couple(graph).families == ()
+    counted = couple(graph, norms="counted")
+    assert {f.name: f.size for f in counted.families} == {"a.weight:0": 6}
+    prove(model, IMAGE, counted, {"a.weight:0": [True, True, False, True, False, True]})
+
+
+def test_standardised_weights_stay_where_what_meets_them_would_not_be_zero():
+    model = Net(
+        lambda m, x: F.conv2d(torch.sigmoid(m.a(x)), standardised(m.b)), a=nn.Conv2d(3, 6, 3), b=nn.Conv2d(6, 4, 3)
+    )
+    assert couple(record(scrambled(model), IMAGE), norms="counted").families == ()
+
+
+def test_batch_statistics_over_images_are_never_counted():
+    model = Net(
+        lambda m, x: m.c(F.batch_norm(m.a(x).transpose(0, 1).flatten(1).t(), None, None, training=True).t()[:, :4]),
+        a=nn.Conv2d(3, 6, 3),
+        c=nn.Linear(4, 2),
+    )
+    counted = couple(record(scrambled(model), IMAGE), norms="counted")
+    assert all(s.tensor != "c.weight" for f in counted.families for s in f.slots)
+
+
+def test_computed_weights_of_grouped_convolutions_lose_groups():
+    class Standardised(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(x, standardised(self), None, groups=self.groups)
+
+    model = Net(
+        lambda m, x: m.c(F.relu(m.b(m.a(x)))),
+        a=nn.Conv2d(3, 8, 1),
+        b=Standardised(8, 8, 3, groups=4),
+        c=nn.Conv2d(8, 4, 1),
+    )
+    counted = couple(record(scrambled(model), IMAGE), norms="counted")
+    groups = next(f for f in counted.families if f.size == 4)
+    small = prove(model, IMAGE, counted, {groups.name: [True, False, True, True]}).apply(model)
+    assert small.b.groups == 3
+
+
 def test_multiply_accumulates_agree_with_counting_by_hand():
     model = Net(lambda m, x: m.c(F.relu(m.g(m.a(x))).mean((2, 3))), a=nn.Conv2d(3, 8, 3, padding=1),
                 g=nn.Conv2d(8, 8, 3, padding=1, groups=8), c=nn.Linear(8, 4))  # fmt: skip

@@ -21,6 +21,7 @@ FLOORS = [
     ["data", "models"],
     ["measure"],
     ["graph"],
+    ["runtime"],
     ["train"],
     ["structured"],
     ["run.lock", "run.store", "run.stages", "run.recipe_files", "run.recipe", "run.progress", "run.doctor"],

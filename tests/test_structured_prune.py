@@ -462,6 +462,137 @@ def test_sizes_spelled_in_code_are_changed():
     assert isinstance(result.model, Baked)
 
 
+class Cached(nn.Module):
+    """Attention of four heads that reads its bias once in eval mode and remembers it, and whose stride is four, too."""
+
+    def __init__(self, spelled: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.bias = nn.Linear(8, 36), nn.Linear(12, 8), nn.Parameter(torch.zeros(4, 5))
+        self.heads, self.stride, self.spelled = 4, 4, spelled
+        self.register_buffer("places", torch.arange(8)[:, None].sub(torch.arange(8)).abs() % 5, persistent=False)
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Cached:
+        self.cache = {}
+        return super().train(mode)
+
+    def biases(self) -> Tensor:
+        if self.training:
+            return self.bias[:, self.places]
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias[:, self.places]
+        return self.cache["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, self.heads, -1).permute(0, 2, 1, 3).split([3, 3, 3], dim=3)
+        y = (q @ k.transpose(-2, -1) * 0.5 + self.biases()).softmax(-1) @ v
+        if self.spelled:  # heads counted where only the batch is known
+            y = y.reshape(batch * 4, tokens, 3).tanh().reshape(batch, 4, tokens, 3)
+        return self.out(y.transpose(1, 2).reshape(batch, -1, 12))
+
+
+class Around(nn.Module):
+    """Reads the stride that the attention inside it remembers."""
+
+    def __init__(self, spelled: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 8), Cached(spelled), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.inner(x)
+        return self.last(x.view(x.shape[0], self.inner.stride, -1, x.shape[-1]).amax(1))
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_sizes_are_found_again_on_every_forward_and_for_batches_of_any_size(spelled):
+    model = scrambled(Around(spelled))
+    example, other = numbers(2, 8, 5), numbers(5, 8, 5)
+    outputs(model, example)
+    result = cut(model, 0.5, example=example)
+    assert not result.report.blocked
+    assert any(f["kind"] == "head" and f["kept"] == 2 for f in result.report.families)
+    assert result.plan.verify(model, other) <= 1e-5
+    small = result.model.eval()
+    once = [small(batch) for batch in (example, other)]
+    for _ in range(2):  # what was computed once is remembered now
+        for batch, expected in zip((example, other), once, strict=True):
+            assert torch.equal(small(batch), expected)
+    small.train()
+    assert small(other).shape == (5, 2, 3)
+
+
+def test_a_size_that_stays_but_is_computed_from_one_that_goes():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        batch, tokens, width = (x := m.a(x)).shape
+        q, k, v = m.q(x), m.k(x), m.v(x)
+        y = F.scaled_dot_product_attention(*(t.view(batch, tokens, 1, 12).transpose(1, 2) for t in (q, k, v)))
+        return m.c(x + m.o(y.transpose(1, 2).reshape(batch, tokens, width)))
+
+    parts = {name: nn.Linear(12, 12) for name in "qkvo"}
+    model = scrambled(Net(forward, a=nn.Linear(5, 12), c=nn.Linear(12, 3), **parts))
+    coupling = coupled(model, numbers(2, 7, 5))
+    plan = Plan.from_keep(coupling, {"a.weight:0": [True, False] * 6})
+    assert not plan.blocked
+    assert plan.verify(model, numbers(3, 6, 5)) <= 1e-5
+
+
+class Routed(nn.Module):
+    """Every image is convolved with its own mixture of two weights."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.zeros(2, outputs * inputs * 9))
+
+    def forward(self, x: Tensor, routing: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        weight = (routing @ self.weight).view(batch * self.outputs, self.inputs, 3, 3)
+        y = F.conv2d(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
+        return y.view(batch, self.outputs, height, width)
+
+
+def test_a_convolution_of_its_own_for_every_image():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        routing = torch.sigmoid(m.r(x.mean((2, 3))))
+        return m.c(F.relu(m.n(m.d(F.relu(m.b(F.relu(m.a(x)), routing)), routing))))
+
+    parts = {"a": nn.Conv2d(3, 8, 1), "b": Routed(8, 6), "d": Routed(6, 10), "n": nn.BatchNorm2d(10)}
+    model = scrambled(Net(forward, r=nn.Linear(3, 2), c=nn.Conv2d(10, 4, 1), **parts))
+    result = cut(model, 0.5)
+    # Inputs and outputs of such a layer share one axis of its weight, so that of a chain every second is offered.
+    assert kept(result) == {"a.weight:0": 4, "d.weight:1": 5, "r.weight:0": 1}
+    assert not result.report.blocked
+    assert result.plan.verify(model, numbers(3, 3, 8, 8)) <= 1e-5
+    both = Plan.from_keep(coupled(model, IMAGE), {"a.weight:0": [True, False] * 4, "b.weight:1": [True, False] * 3})
+    assert not both.blocked
+    assert both.verify(model, numbers(3, 3, 8, 8)) <= 1e-5
+
+
+def test_a_buffer_that_the_forward_builds_is_no_reason_to_refuse_a_fresh_model(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.p, self.c = nn.Linear(5, 8), nn.Linear(3, 8), nn.Linear(8, 4)
+            self.register_buffer("table", torch.zeros(1, 3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(self.table) != x.shape[1]:
+                self.table = torch.arange(3.0 * x.shape[1]).reshape(-1, 3).sin()
+            return self.c(F.relu(self.a(x) + self.p(self.table)))
+
+    model, example = scrambled(Positions()), numbers(2, 7, 5)
+    expected = outputs(model, example)
+    result = cut(model, 0.5, example=example)
+    assert kept(result) == {"a.weight:0": 4}
+    assert "not saved" in result.report.unprunable["p.weight:1"]
+    result.save(tmp_path / "small.safetensors")
+    loaded = prunus.load(tmp_path / "small.safetensors", Positions())
+    assert difference(outputs(result.model, example), outputs(loaded, example)) == 0
+    assert difference(expected, outputs(model, example)) == 0
+
+
 # -- after the cut ------------------------------------------------------------------------------------------------
 
 MAKERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -540,6 +671,18 @@ def test_a_second_cut_remembers_the_sizes_that_the_first_changed():
     assert not second.blocked
     assert second.verify(half, ROWS) <= 1e-5
     assert first.then(second).verify(model, ROWS) <= 1e-5
+
+
+def test_a_second_cut_goes_on_counting_what_the_first_removed():
+    for kind in (nn.LayerNorm, nn.RMSNorm):
+        model = scrambled(Net(lambda m, x: m.c(m.n(m.a(x))), a=nn.Linear(5, 8), n=kind(8), c=nn.Linear(8, 4)))
+        first = cut(model, 0.25, example=ROWS, norms="counted")
+        second = cut(first.model, 0.5, example=ROWS, norms="counted")
+        assert kept(second) == {"a.weight:0": 3}
+        assert second.report.difference <= 1e-5
+        both = first.plan.then(second.plan)
+        assert both.verify(model, ROWS) <= 1e-5
+        assert difference(outputs(second.model, ROWS), outputs(both.apply(model), ROWS)) <= 1e-6
 
 
 # -- plans and files ----------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ _PUBLIC = {
     "prune": "prunus.oneshot",
     "Pruned": "prunus.oneshot",
     "load": "prunus.oneshot",
+    "compress": "prunus.runtime.compress",
+    "Compressed": "prunus.runtime.compress",
     "sparsify": "prunus.sparsifier",
     "Sparsifier": "prunus.sparsifier",
     "Schedule": "prunus.schedule",

@@ -543,7 +543,7 @@ def _doctor_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def _doctor(known: argparse.Namespace) -> int:
-    """Check what this machine has: versions, threads, data folders, optional libraries."""
+    """Check what this machine has: versions, threads, the native engine, data folders, optional libraries."""
     from prunus.run.doctor import examine
 
     findings = examine()

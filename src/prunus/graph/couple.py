@@ -141,7 +141,7 @@ class Coupling:
         pair = leaf * len(places) + slot
         pairs, counts = np.unique(pair, return_counts=True)
         emptying = np.unique(pairs[counts == sizes[pairs % len(places)]] // len(places))
-        stays = ~np.isin(leaf, emptying)
+        stays = ~np.isin(leaf, [*emptying, *self._unmade(coupler, places, leaf, slot, unprunable)])
         slot, position, leaf = slot[stays], position[stays], leaf[stays]
         if not len(leaf):
             return (), unprunable
@@ -180,6 +180,26 @@ class Coupling:
             kind = "head" if self._solution.heads[members].any() else "channel"
             families.append(Family(name, kind, len(members), tuple(slots), members))
         return tuple(families), unprunable
+
+    def _unmade(
+        self, coupler: Coupler, places: list[tuple[Value, int]], leaf: Ids, slot: Ids, unprunable: dict[str, str]
+    ) -> Ids:
+        """Return the leaves that no parameter makes: positions of a buffer that is not saved with the model.
+
+        A forward may build such a buffer anew, so it has another shape in a fresh instance. Beside a parameter that
+        makes the same positions it must be sliced; alone, it is an input of the model.
+        """
+        from prunus.graph.edit import unsaved
+
+        unsaved_names = unsaved(self.graph.model) if self.graph.model is not None else set()
+        passing = np.array([value.name in unsaved_names for value, _ in places])
+        reading = np.array([coupler.role.get((value.name, axis)) == "input" for value, axis in places])
+        found = np.setdiff1d(leaf[passing[slot]], leaf[~(passing | reading)[slot]])
+        for which in np.unique(slot[np.isin(leaf, found)]):
+            value, axis = places[which]
+            if not passing[which]:
+                unprunable[f"{value.name}:{axis}"] = "reads a buffer that is not saved with the model"
+        return found
 
     def _leaves(self, ids: Ids) -> tuple[Ids, Ids]:
         found = self._leaf_cache.get(id(ids))
@@ -257,6 +277,12 @@ class Coupling:
         axes = self._axes.get(value.index)
         ids = axes[axis] if axes is not None else None
         return ids is not None and bool(self._of_weights[self._leaves(ids)[1]].any())
+
+    def repeats(self, value: Value, axis: int) -> bool:
+        """Return whether an axis holds some positions several times over, as (batch, heads) in one axis does."""
+        axes = self._axes.get(value.index)
+        ids = axes[axis] if axes is not None else None
+        return ids is not None and len(np.unique(ids)) < len(ids)
 
     def stays(self, value: Value, axis: int, gone: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """Return which positions of an axis of a value stay; None where the axis is never cut."""

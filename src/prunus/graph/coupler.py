@@ -13,6 +13,7 @@ from prunus.graph.ir import Graph, Node, Value, values_in
 Axes = list[Ids | None]
 Rule = Callable[["Coupler", Node], None]
 RULES: dict[str, Rule] = {}
+COUNTABLE = ("mean", "layer_norm", "rms_norm", "batch_norm")  # calls whose statistics may count what was removed
 LARGEST_AXIS = 1 << 22  # positions of a flattened axis beyond which it is left alone
 
 
@@ -144,7 +145,7 @@ class Coupler:
         ids = self.of(value)[axis]
         if ids is None or self.norms == "anew":
             return
-        countable = self.node is not None and self.node.spelled in ("mean", "layer_norm", "rms_norm")
+        countable = self.node is not None and self.node.spelled in COUNTABLE
         if not (self.norms == "counted" and countable and self.is_zero(value, axis)):
             self.fix(ids, reason)
 

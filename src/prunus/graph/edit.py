@@ -41,6 +41,15 @@ def parameters_and_buffers(
     return found
 
 
+def unsaved(model: nn.Module) -> set[str]:
+    """Return the names of buffers that are not part of the state dict."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+
+
 def sliced(model: nn.Module, indices: Indices) -> dict[int, Tensor]:
     """Return the kept slices of tensors, by the id of the tensor they replace.
 

@@ -62,6 +62,10 @@ class Elements:
             return table[:, 0].copy(), None
         if (table == table[:1]).all():
             return None, table[0].copy()
+        period = _period(ids)
+        if period < len(ids) and period % inner == 0:  # several times over (a batch, say): factor it once
+            left_once, right = self.factor(ids[:period].copy(), period // inner)
+            return None if left_once is None else np.tile(left_once, len(ids) // period), right
         left, right = self.fresh(outer), self.fresh(inner)
         self._products.append((ids, np.repeat(left, inner), np.tile(right, outer)))
         self._known_products.setdefault((left.tobytes(), right.tobytes()), ids)
@@ -172,6 +176,15 @@ class Solution:
                 np.concatenate([self.left[classes], self.right[classes]]),
             )
         return np.concatenate([p for p, _ in done]), np.concatenate([c for _, c in done])
+
+
+def _period(ids: Ids) -> int:
+    """Return the length of the shortest beginning of which all is a whole number of copies."""
+    again = np.flatnonzero(ids == ids[0])
+    for length in again[1:]:
+        if len(ids) % length == 0 and (ids.reshape(-1, length) == ids[:length]).all():
+            return int(length)
+    return len(ids)
 
 
 def _components(count: int, left: Ids, right: Ids) -> Ids:

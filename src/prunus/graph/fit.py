@@ -18,6 +18,7 @@ from prunus.graph.edit import matching, put, stored_tensors
 from prunus.graph.ir import Graph, Node, Value
 from prunus.graph.plan import Plan
 from prunus.graph.record import Failed, run_once
+from prunus.graph.sizes import whole_sizes
 
 EXACT = 1e-4  # relative difference up to which removing counts as equal to masking in float32
 
@@ -31,8 +32,9 @@ def tolerance(model: nn.Module) -> float:
 
 
 # How a size fixed in code is changed: not at all, if the code follows by itself; by the number that the module
-# remembers; or, where there is none or it serves something else too, in the call that spells it out.
-_TACTICS = ("nothing", "remembered", "spelled")
+# remembers; where there is none or it serves something else too, in the call that spells it out; or in every call, for
+# sizes that should stay and were computed from one that changes.
+_TACTICS = ("nothing", "remembered", "spelled", "spelled everywhere")
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def fit(coupling: Coupling, keep: Keep) -> Plan:
         if not keep:
             raise InvalidValue(f"the model does not repeat its own forward: {trouble.reason}")
         node = graph.nodes[min(trouble.node, len(graph.nodes) - 1)]
-        # First doubt the numbers that were set in the failing module and those around it, then the cut itself.
-        for kind in _around(trouble.path, modules):
+        # First doubt the numbers that were set in the failing module, those around it and those inside it (which it may
+        # read), then the cut itself.
+        for kind in _near(trouble.path, modules):
             while tactics.get(kind, 0) + 1 < len(_TACTICS):
                 tactics[kind] = tactics.get(kind, 0) + 1
                 if (
@@ -95,13 +98,14 @@ def fit(coupling: Coupling, keep: Keep) -> Plan:
                 keep = {n: k for n, k in keep.items() if n != name}
 
 
-def _around(path: str, modules: Mapping[str, nn.Module]) -> list[type]:
-    """Return the classes of the module at `path` and of those around it, innermost first."""
+def _near(path: str, modules: Mapping[str, nn.Module]) -> list[type]:
+    """Return the classes of the module at `path`, of those around it, innermost first, and of those inside it."""
+    inside = modules[path].modules()
     kinds = [type(modules[path])]
     while path:
         path = path.rpartition(".")[0]
         kinds.append(type(modules[path]))
-    return list(dict.fromkeys(kinds))
+    return list(dict.fromkeys([*kinds, *map(type, inside)]))
 
 
 def _as_bool(mask: Any) -> NDArray[np.bool_]:
@@ -143,9 +147,8 @@ def _constants(
 
     for node in coupling.graph.nodes:
         if node.op in ("convolution", "_convolution"):
-            for path, spelling, number in _convolution_numbers(node, shapes):
-                if hasattr(modules.get(path), spelling):
-                    note(path, spelling, number)
+            for path, spelling, number in _convolution_numbers(node, shapes, modules):
+                note(path, spelling, number)
             continue
         if node.op == "native_group_norm":
             x, groups = node.args["input"], int(node.args["group"])
@@ -164,21 +167,26 @@ def _constants(
     return result
 
 
-def _convolution_numbers(node: Node, shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, str, int]]:
+def _convolution_numbers(
+    node: Node, shapes: list[tuple[int, ...]], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, str, int]]:
     """Yield (module path, attribute, number) of a grouped convolution that loses groups."""
     groups, weight, x, y = int(node.args.get("groups", 1)), node.args["weight"], node.args["input"], node.outputs[0]
     assert y is not None
-    if groups == 1 or not weight.stored:
+    if groups == 1:
         return
     axis = len(x.shape) - len(weight.shape) + 1
     inputs, outputs = shapes[x.index][axis], shapes[y.index][axis]
     per_group = shapes[weight.index][1]
     new = outputs // per_group if node.args.get("transposed") else inputs // per_group
     if new != groups:
-        path = weight.name.rpartition(".")[0]
-        yield path, "groups", new
-        yield path, "in_channels", inputs
-        yield path, "out_channels", outputs
+        # A weight that is computed (standardised, say) is made in the module that uses it.
+        path = weight.name.rpartition(".")[0] if weight.stored else node.module
+        if getattr(modules.get(path), "groups", None) == groups:
+            yield path, "groups", new
+            for spelling, number in (("in_channels", inputs), ("out_channels", outputs)):
+                if hasattr(modules[path], spelling):
+                    yield path, spelling, number
 
 
 def _spelled_sizes(
@@ -191,17 +199,23 @@ def _spelled_sizes(
         for axis in call.averaged if coupling.counted else ():
             stays = coupling.stays(call.source, axis, gone) if call.source is not None else None
             if stays is not None and not stays.all():
-                result.setdefault(call.module, {})[f"{call.number}.count.{axis}"] = len(stays)
-        if _TACTICS[tactics.get(type(modules[call.module]), 0)] != "spelled":
+                counted = whole_sizes(modules[call.module], call.number).get(axis, len(stays))
+                result.setdefault(call.module, {})[f"{call.number}.count.{axis}"] = counted
+        tactic = _TACTICS[tactics.get(type(modules[call.module]), 0)]
+        if not tactic.startswith("spelled"):
             continue
         if not call.averaged and not call.ranges:
             new = shapes[call.value.index]
             axes = [i for i in range(len(new)) if i not in call.adapts]
-            if any(new[i] != call.value.shape[i] for i in axes):
-                # A size that should stay may be computed from one that changes, so all that weights decide are set.
-                for i in axes:
-                    if new[i] != call.value.shape[i] or coupling.from_weights(call.value, i):
-                        result.setdefault(call.module, {})[f"{call.number}.{call.place}.{i}"] = new[i]
+            if tactic == "spelled everywhere" or any(new[i] != call.value.shape[i] for i in axes):
+                # Beside a size that changes may stand one that should stay, so all that weights decide are set.
+                fixed = [i for i in axes if new[i] != call.value.shape[i] or coupling.from_weights(call.value, i)]
+                open_ = [i for i in fixed if coupling.repeats(call.value, i)]
+                # How often the positions are repeated is up to the input (its batch), so that size is left open.
+                may = len(open_) == 1 and not call.adapts and call.number.startswith(("view.", "reshape."))
+                for i in fixed:
+                    size = -1 if may and i in open_ else new[i]
+                    result.setdefault(call.module, {})[f"{call.number}.{call.place}.{i}"] = size
         for axis, start, stop in call.ranges:
             stays = coupling.stays(call.source, axis, gone) if call.source is not None else None
             if stays is not None and not stays.all():

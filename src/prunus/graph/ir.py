@@ -73,7 +73,8 @@ class Call:
 
     Attributes:
         module: path of the innermost module that was running.
-        number: how many such calls the module had made in this forward, itself included.
+        number: name of the function, and how many calls of it the module had made in this forward, itself included,
+            such as "view.2".
         place: which of the tensors it returned.
         value: that tensor.
         adapts: axes whose size was left open (-1) and follows the others.
@@ -83,7 +84,7 @@ class Call:
     """
 
     module: str
-    number: int
+    number: str
     place: int
     value: Value
     adapts: frozenset[int] = frozenset()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from prunus.errors import InvalidValue, Unsupported
 from prunus.graph.attention import headwise
 from prunus.graph.edit import parameters_and_buffers
 from prunus.graph.ir import Call, Graph, Node, Value
-from prunus.graph.sizes import averaged_axes, left_open, ranges_of, sizes_itself
+from prunus.graph.sizes import averaged_axes, left_open, ranges_of, spells
 from prunus.parameters import unwrap
 
 _QUIET = {"device", "empty_strided", "sym_size", "sym_stride", "sym_numel", "is_contiguous"}
@@ -114,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         self.known: dict[int, Value] = {}
         self.alive: list[Tensor] = []
         self.path: list[str] = [""]
-        self.counters: list[list[int]] = [[0]]
+        self.counters: list[Counter[str]] = [Counter()]
         self.paused = 0
         self.spelled = ""
         self.training = False
@@ -180,11 +181,12 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self.recorder
-        if sizes_itself(function):
+        if spells(function, args, kwargs):
+            name, outer = function.__name__, recorder.spelled
             for frame in recorder.counters:
-                frame[0] += 1
-            number, outer = recorder.counters[-1][0], recorder.spelled
-            recorder.spelled = function.__name__
+                frame[name] += 1
+            number = f"{name}.{recorder.counters[-1][name]}"
+            recorder.spelled = name
             try:
                 result = function(*args, **kwargs)
             finally:
@@ -192,10 +194,8 @@ class _Functions(TorchFunctionMode):
             source: Value | None = None
             ranges: tuple[tuple[int, int, int], ...] = ()
             averaged = averaged_axes(function, args, kwargs)
-            if function.__name__ == "__getitem__":
+            if name == "__getitem__":
                 ranges = tuple(ranges_of(*args))
-                if not ranges:
-                    return result
             if ranges or averaged:
                 source = recorder.known.get(id(args[0]))
             for place, item in enumerate(result if isinstance(result, list | tuple) else [result]):
@@ -252,7 +252,7 @@ def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
     def enter(path: str, *_: Any) -> None:
         recorder.path.append(path)
-        recorder.counters.append([0])
+        recorder.counters.append(Counter())
 
     def leave(*_: Any) -> None:
         recorder.path.pop()

@@ -227,7 +227,11 @@ def normalised_over(c: Coupler, n: Node) -> None:
     "native_batch_norm_inference",
 )
 def batch_norm(c: Coupler, n: Node) -> None:
-    """Every channel (axis 1) has its own statistics, scale and shift."""
+    """Every channel (axis 1) has its own statistics, scale and shift.
+
+    Statistics taken from the input itself (as standardised weights do, whose output channels are axis 1 and whose other
+    axes are flattened into axis 2) can go on counting what was removed; what was removed is zero before, not after.
+    """
     x = next(iter(tensors(n, "input")))
     axes = list(c.of(x))
     channels = axes[1] if len(axes) > 1 else None
@@ -236,14 +240,14 @@ def batch_norm(c: Coupler, n: Node) -> None:
         channels = c.same(channels, c.of(p)[0], "batch norm of channels that cannot be cut")
         c.mark(p, 0, "affine")
     statistics = n.args.get("training", n.args.get("train", False)) or not tensors(n, "running_mean")
+    zero = list(c.zero[x.index])
     if statistics and n.op != "_native_batch_norm_legit_no_training":
-        for i, ids in enumerate(axes):
+        for i in range(len(axes)):
             if i != 1:
-                c.fix(ids, "statistics are taken over the axis")
-                axes[i] = None
+                c.statistics(x, i, "statistics are taken over the axis")
+                zero[i] = False
     affine = bool(tensors(n, "weight")) and bool(tensors(n, "bias"))
     axes[1] = channels
-    zero = list(c.zero[x.index])
     zero[1] = affine or zero[1]
     c.put(n.outputs[0], axes, zero)
 

@@ -10,6 +10,7 @@ statistics, and the mean of C positions of which some are gone is their sum over
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,22 @@ _SPELLING = {
     "mean",
     "layer_norm",
     "rms_norm",
+    "batch_norm",
 }
 
 
-def sizes_itself(function: Any) -> bool:
-    """Return whether a torch function takes sizes as arguments."""
-    return getattr(function, "__name__", "") in _SPELLING
+def spells(function: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a call takes sizes as arguments, or statistics over axes.
+
+    Reading by index counts only with slices spelled as numbers, and batch norm only without stored statistics: what a
+    module computes once and remembers is often read by index, so such calls differ from one forward to the next.
+    """
+    name = getattr(function, "__name__", "")
+    if name not in _SPELLING:
+        return False
+    if name == "__getitem__":
+        return any(True for _ in ranges_of(*args))
+    return name != "batch_norm" or bool(averaged_axes(function, args, kwargs))
 
 
 def averaged_axes(function: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
@@ -61,6 +72,8 @@ def averaged_axes(function: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
     if name in ("layer_norm", "rms_norm"):
         shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
         return tuple(range(rank - len(shape), rank))
+    if name == "batch_norm" and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is None:
+        return tuple(axis for axis in range(rank) if axis != 1)
     return ()
 
 
@@ -101,19 +114,21 @@ def _axes_of(tensor: Any, index: Any) -> Iterator[tuple[int, Any]]:
 
 
 class _Sizes(TorchFunctionMode):
-    """Counts calls that spell sizes, and changes those that were fixed in code."""
+    """Counts calls that spell sizes, each function by itself, and changes those that were fixed in code."""
 
-    def __init__(self, changes: Mapping[int, Mapping[Any, Mapping[int, int]]]) -> None:
+    def __init__(self, changes: Mapping[str, Mapping[Any, Mapping[int, int]]]) -> None:
         super().__init__()
         self.changes = changes
-        self.count = 0
+        self.counts: Counter[str] = Counter()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if sizes_itself(function):
-            self.count += 1
-            change = self.changes.get(self.count)
-            if change is not None:
+        if spells(function, args, kwargs):
+            name = str(function.__name__)  # without str, compilers do not know the name of a method as a constant
+            self.counts[name] += 1
+            change = self.changes.get(f"{name}.{self.counts[name]}")
+            # Without numbers there is nothing to count, and the call as it stands has the right shape.
+            if change is not None and not ("count" in change and args[0].is_meta):
                 return _call(function, args, kwargs, change)
         return function(*args, **kwargs)
 
@@ -157,6 +172,13 @@ def _call(function: Any, args: Any, kwargs: Any, change: Mapping[Any, Mapping[in
     return function(*leading, *_changed(given, new), **kwargs)
 
 
+_NORM_ARGUMENTS = {
+    "layer_norm": ("normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("normalized_shape", "weight", "eps"),
+    "batch_norm": ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+}
+
+
 def _counted(name: str, args: Any, kwargs: Any, counts: Mapping[int, int]) -> Any:
     """Return a mean, or a norm, that counts the removed positions of an axis as the zeros they were."""
     x = args[0]
@@ -165,17 +187,20 @@ def _counted(name: str, args: Any, kwargs: Any, counts: Mapping[int, int]) -> An
         for axis, whole in counts.items():
             scale *= x.shape[axis] / whole
         return torch.mean(*args, **kwargs) * scale
-    names = (
-        ("normalized_shape", "weight", "bias", "eps") if name == "layer_norm" else ("normalized_shape", "weight", "eps")
-    )
-    given = dict(zip(names, args[1:], strict=False)) | kwargs
-    axes = tuple(range(x.dim() - len(given["normalized_shape"]), x.dim()))
+    given = dict(zip(_NORM_ARGUMENTS[name], args[1:], strict=False)) | kwargs
+    if name == "batch_norm":
+        axes = tuple(axis for axis in range(x.dim()) if axis != 1)
+    else:
+        axes = tuple(range(x.dim() - len(given["normalized_shape"]), x.dim()))
     present, whole = 1, 1
     for axis in axes:
         present *= x.shape[axis]
         whole *= counts.get(axis, x.shape[axis])
     weight, bias = given.get("weight"), given.get("bias")
-    if name == "layer_norm":
+    if name == "batch_norm":  # one number per channel, which is axis 1
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
+    if name != "rms_norm":
         mean = x.sum(axes, keepdim=True) / whole
         centred = x - mean
         variance = (centred.square().sum(axes, keepdim=True) + (whole - present) * mean.square()) / whole
@@ -209,7 +234,7 @@ def _changed(sizes: Any, new: Mapping[int, int]) -> list[Any]:
 class SpelledSizes:
     """Mixed into the class of a module whose calls need other sizes than its code spells."""
 
-    _cut_sizes: dict[int, dict[int | str, dict[int, int]]]
+    _cut_sizes: dict[str, dict[int | str, dict[int, int]]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with the changed sizes."""
@@ -235,15 +260,22 @@ def _respelled(own: type) -> Any:
     return made.__new__(made)
 
 
+def whole_sizes(module: nn.Module, call: str) -> Mapping[int, int]:
+    """Return how many positions of each axis a mean or norm of the module counts, where an earlier cut has set that."""
+    return getattr(module, "_cut_sizes", {}).get(call, {}).get("count", {})
+
+
 def spell_sizes(module: nn.Module, changes: Mapping[str, int]) -> None:
     """Let `module` run its forward with changed sizes: {"call.place.axis": size, "call.start.axis": begin of a slice,
     "call.stop.axis": its end, "call.count.axis": positions that a mean or norm counts, removed ones included}.
+
+    A call is called after its function and how many calls of that function precede it, itself included: "view.2".
     """
-    parsed: dict[int, dict[int | str, dict[int, int]]] = {}
+    parsed: dict[str, dict[int | str, dict[int, int]]] = {}
     for key, size in changes.items():
-        call, place, axis = key.split(".")
+        call, place, axis = key.rsplit(".", 2)
         what = place if place in ("start", "stop", "count") else int(place)
-        parsed.setdefault(int(call), {}).setdefault(what, {})[int(axis)] = size
+        parsed.setdefault(call, {}).setdefault(what, {})[int(axis)] = size
     own = type(module)
     for call, change in getattr(module, "_cut_sizes", {}).items():
         for place, sizes in change.items():

@@ -38,7 +38,7 @@ def _version(package: str) -> str | None:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, threads, data folders, disk and optional libraries; nothing is changed."""
+    """Look at versions, threads, the native engine, data folders, disk and optional libraries; nothing is changed."""
     import torch
 
     found = [
@@ -51,6 +51,7 @@ def examine() -> list[Finding]:
             "accelerator", torch.cuda.get_device_name() if torch.cuda.is_available() else "none (not needed)", True
         ),
     ]
+    found.append(_engine())
     for package in ("numpy", "safetensors", "jsonargparse", "rich", "matplotlib", "scikit-learn"):
         version = _version(package)
         found.append(Finding(package, version or "missing; reinstall prunus", version is not None))
@@ -65,6 +66,15 @@ def examine() -> list[Finding]:
         Finding("this folder", "writable" if os.access(".", os.W_OK) else "not writable", os.access(".", os.W_OK))
     )
     return found
+
+
+def _engine() -> Finding:
+    from prunus.runtime.library import engine, why_not
+
+    if why := why_not():
+        return Finding("engine", f"none: {why}", False)
+    best, *rest = engine().sets
+    return Finding("engine", f"{engine().path}, uses {best}" + (f" (also has {', '.join(rest)})" if rest else ""), True)
 
 
 def _data() -> list[Finding]:

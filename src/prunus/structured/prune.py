@@ -58,7 +58,7 @@ def offered(coupling: Coupling, unit: str, protect: Sequence[str] = ()) -> tuple
 
 
 # Where norm axes stay whole, half of the channels must still take at least this share of the half with them.
-_ENOUGH = 0.8
+_ENOUGH = 0.9
 
 
 def coupled(
@@ -67,7 +67,7 @@ def coupled(
     """Return (coupling, families offered, names of protected ones); `norms` as for `couple`, or "auto".
 
     "auto" leaves axes of norms whole, which costs nothing at run time, unless that would leave so little to cut that
-    removing `share` (default a half) of the channels removes less than 0.8 of that share of the arithmetic.
+    removing `share` (default a half) of the channels removes less than 0.9 of that share of the arithmetic.
     """
     if norms != "auto":
         coupling = couple(graph, norms=norms)
