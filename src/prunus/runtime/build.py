@@ -42,6 +42,10 @@ class Place:
         """Address of its first byte."""
         return int(self.memory.address or 0) + self.offset
 
+    def rows(self, count: int, features: int) -> Array:
+        """Return a value of rows as an array (count, features)."""
+        return self.memory.array(self.offset, (count, features))
+
     @property
     def start(self) -> int:
         """Address of position (0, 0) of its first plane."""

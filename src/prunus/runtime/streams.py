@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunus.errors import InvalidValue
+from prunus.runtime import gemv
 from prunus.runtime.network import Layer
 from prunus.runtime.pack import BLOCKS, Packed, chunks_of, filling, pack
 from prunus.runtime.planes import VECTOR, Tiles, split, tiles
@@ -15,6 +17,8 @@ from prunus.runtime.records import ACTIVATIONS, Pointwise, Record, Stream, Trans
 
 # Bytes of inputs that a k-block may touch so that they stay in the first-level cache.
 _CACHE = 24_000
+# Up to so many rows a linear layer may go over them one by one instead of putting them into the lanes.
+_ROWS = 8
 
 
 class Streams:
@@ -54,7 +58,7 @@ class Streams:
         positions = int(rows.widths.sum()) * b.images
         halo = (kernel[0] - 1) * view.geometry.pitch * view.geometry.pixel if b.lanes == 1 else 0
 
-        def make(candidate: tuple[int, int, int]) -> list[Record]:
+        def make(candidate: tuple[Any, ...]) -> list[Record]:
             block, width, cache = candidate
             cut = tiles(view.geometry, y.geometry, width)
             # A k-block's inputs: per channel the tile, and what its taps reach beyond.
@@ -87,7 +91,9 @@ class Streams:
         values = weight[row, tap]
         vectors = b.images if b.lanes == VECTOR else -(-b.batch // VECTOR)
 
-        def make(candidate: tuple[int, int, int]) -> list[Record]:
+        def make(candidate: tuple[Any, ...]) -> list[Record]:
+            if candidate[0] == "rows":
+                return [self._by_rows(layer, weight, gemv.Kernel(candidate[1], block=candidate[2]), x, y)]
             block, width, cache = candidate
             step = width * 64
             count = -(-vectors // width)
@@ -122,9 +128,27 @@ class Streams:
                 steps.append(self._residual(layer, y, b.places[layer.residual]))
             return steps
 
+        by_rows: list[tuple[Any, ...]] = []
+        if b.lanes == 1 and b.batch <= _ROWS and weight.size:
+            kernels = gemv.candidates(weight, instruction_set=b.tuner.set_name)
+            by_rows = [("rows", kernel.name, kernel.block) for kernel in kernels]
         # Groups of 16 images lie apart, so a tile holds one of them.
-        self._picked(layer, weight, 1 if b.lanes == VECTOR else vectors, make, "linear")
+        self._picked(layer, weight, 1 if b.lanes == VECTOR else vectors, make, f"linear {b.batch} rows", by_rows)
         b.done()
+
+    def _by_rows(self, layer: Layer, weight: NDArray[np.float32], kernel: gemv.Kernel, x: Any, y: Any) -> Record:
+        """Return the record of a layer that goes over x row by row."""
+        out, inputs = weight.shape
+        batch = self.builder.batch
+        residual = self.builder.places[layer.residual].rows(batch, out) if layer.residual else None
+        return gemv.pack(weight, kernel).record(
+            x.rows(batch, inputs),
+            y.rows(batch, out),
+            layer.bias,
+            layer.activation,
+            slope=layer.slope,
+            residual=residual,
+        )
 
     def _residual(self, layer: Layer, y: Any, residual: Any) -> Record:
         length = self.builder.batch * y.geometry.channels
@@ -164,11 +188,19 @@ class Streams:
             record.put("masks", cut.masks)
         return record
 
-    def _picked(self, layer: Layer, weight: NDArray[np.float32], vectors: int, make: Any, form: str) -> None:
+    def _picked(
+        self,
+        layer: Layer,
+        weight: NDArray[np.float32],
+        vectors: int,
+        make: Callable[[tuple[Any, ...]], list[Record]],
+        form: str,
+        others: Sequence[tuple[Any, ...]] = (),
+    ) -> None:
         b = self.builder
         tuner = b.tuner
         fillings = {block: filling(weight, block) for block in BLOCKS if weight.shape[0] % block == 0}
-        candidates = _candidates(fillings, vectors, weight.shape[1])
+        candidates = [*others, *_candidates(fillings, vectors, weight.shape[1])]
         kept = " ".join(f"{block}:{fill:.2f}" for block, fill in fillings.items())
         key = f"{form} {weight.shape} {vectors} vectors of {b.lanes}, {tuner.threads} threads, {kept}"
         chosen, records = tuner.pick(key, candidates, make)
@@ -212,13 +244,13 @@ def _for_images(cut: Tiles, images: int, x_image: int, y_image: int) -> Tiles:
     )
 
 
-def _candidates(fillings: dict[int, float], vectors: int, inputs: int) -> list[tuple[int, int, int]]:
+def _candidates(fillings: dict[int, float], vectors: int, inputs: int) -> list[tuple[Any, ...]]:
     """Return (block, vectors per tile, bytes per k-block) worth a try, the likeliest first."""
     # Loads and multiply-adds per position: single weights load for every product, blocks once for all rows.
     cost = {block: fill * (1.0 if block == 1 else 0.55 + 0.45 / block) for block, fill in fillings.items()}
     cheapest = min(cost.values())
     blocks = sorted((b for b in cost if cost[b] <= 1.5 * cheapest + 1e-9), key=lambda b: (cost[b], b))[:3]
-    result: list[tuple[int, int, int]] = []
+    result: list[tuple[Any, ...]] = []
     for block in blocks:
         for width in (4, 6, 8, 12) if block == 1 else (3, 4, 6, 8) if block < 8 else (1, 2, 3, 4):
             width = min(width, vectors)

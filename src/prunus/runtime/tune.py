@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from prunus.runtime.library import Program
+from prunus.runtime.library import Program, engine
 from prunus.runtime.records import Record
 
 Candidate = TypeVar("Candidate", bound=tuple[object, ...])
@@ -37,6 +37,11 @@ class Tuner:
         self.threads, self.instruction_set, self.timing, self.rounds = threads, instruction_set, timing, rounds
         self.found: dict[str, list[object]] = {} if found is None else found
         self.tell = on_stage or (lambda text: None)
+
+    @property
+    def set_name(self) -> str:
+        """Name of the instruction set that programs will use."""
+        return self.instruction_set or engine().sets[0]
 
     def pick(
         self, key: str, candidates: Sequence[Candidate], make: Callable[[Candidate], list[Record]]
