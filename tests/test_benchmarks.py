@@ -17,6 +17,7 @@ from prunus.errors import InvalidValue
 
 NAMES = [
     "coverage",
+    "engine",
     "import_time",
     "latency_target",
     "loader",
@@ -285,3 +286,22 @@ def test_imports_are_read_from_pythons_own_report():
     assert 0 < cpu_seconds([sys.executable, "-c", "pass"]) < 60
     with pytest.raises(subprocess.CalledProcessError):
         cpu_seconds([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_engine_cases_and_masks_are_what_they_say():
+    from benchmarks.engine import PATTERNS, cases, masked, turns
+
+    for quick in (True, False):
+        found = cases(quick)
+        assert len(set(found)) == len(found)
+        assert {case.pattern for case in found} <= set(PATTERNS)
+        assert any(case.goal for case in found)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3), torch.nn.Linear(16, 10))
+    masked(model, "4x1", 0.5)
+    assert (model[0].weight != 0).all()
+    columns = (model[1].weight != 0).reshape(4, 4, -1)
+    assert (columns == columns[:, :1]).all()
+    assert 0.3 < columns.float().mean() < 0.7
+    assert (model[2].weight != 0).all()  # 10 rows are no multiple of 4
+    seconds = turns({"a": lambda: None, "b": lambda: None}, 3)
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}

@@ -40,7 +40,18 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls"], ["ls", "methods", "--json"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["ls"],
+        ["ls", "methods", "--json"],
+        ["run", "--help"],
+        ["--version"],
+        ["bench", "--help"],
+        ["profile", "--help"],
+    ],
+)
 def test_help_and_listings_do_not_import_torch(words: list[str]) -> None:
     code = (
         "import sys\nfrom prunus.cli import main\n"

@@ -170,6 +170,28 @@ def test_several_threads_may_call_one_model(net, fast):
         same(want, got[i])
 
 
+class Predictions(torch.utils.data.Dataset):
+    """Outputs of a model, computed where the data loader's worker runs."""
+
+    def __init__(self, model: nn.Module, inputs: torch.Tensor) -> None:
+        self.model, self.inputs = model, inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.model(self.inputs[i : i + 1])[0]
+
+
+def test_it_works_in_a_worker_of_a_data_loader(fast, image):
+    fast(image)  # threads of this process are there before the fork
+    inputs = torch.randn(4, 3, 32, 32)
+    loader = torch.utils.data.DataLoader(
+        Predictions(fast, inputs), batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    same(fast(inputs), torch.cat(list(loader)))
+
+
 def test_export_and_compile_look_through_the_operator(fast, image):
     program = torch.export.export(fast, (image,), strict=False)
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
@@ -224,10 +246,35 @@ def test_models_that_cannot_be_compressed(net, image):
         prunus.compress(copy.deepcopy(net).to("meta"), image)
 
 
-def test_without_the_library_the_reason_is_given(net, image, monkeypatch):
+def test_without_the_library_torch_does_what_it_can_and_says_so(monkeypatch):
     monkeypatch.setattr("prunus.runtime.compress.why_not", lambda: "no compiler")
+    model = pruned(nn.Sequential(nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 10)), 0.99)
+    x = torch.randn(3, 2000)
+    fast = prunus.compress(model, x)
+    same(model(x).detach(), fast(x))
+    assert fast(torch.randn(2, 5, 2000)).shape == (2, 5, 10)
+    assert "no compiler" in fast.report.sentence
+    assert [layer.name for layer in fast.report.layers][:1] == ["0"]
+    assert fast.report.layers[0].kernel == "torch CSR"
+    assert fast.report.layers[0].density < 0.02
+    assert isinstance(model[0], nn.Linear)
     with pytest.raises(Unsupported, match="no compiler"):
-        prunus.compress(net, image)
+        prunus.compress(model, x, engine="always")
+    with pytest.raises(InvalidValue, match="cannot run"):
+        prunus.compress(model, x[:, :5])
+
+
+def test_a_model_that_draws_at_random_is_refused(image):
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.layer(x) + torch.rand(1)
+
+    with pytest.raises(Unsupported, match="differ"):
+        prunus.compress(Noisy(), image, engine="always", timing=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch copies its own graphs so

@@ -176,7 +176,7 @@ def test_convolutions_equal_their_definition(
         def pick(self, key, candidates, make):
             if block is None:
                 return super().pick(key, candidates, make)
-            width = candidates[0][1]
+            width = next(c for c in candidates if c[0] != "rows")[1]
             return (block, width, cache), make((block, width, cache))
 
     close(single(layer), x, lanes=lanes, tuner=Fixed(threads, instruction_set=SETS[which % len(SETS)]))
@@ -256,6 +256,73 @@ def test_linear_layers_with_residuals(seed, rows, sizes, sparsity, threads, whic
     )
     x = rng.standard_normal((rows, sizes[0])).astype(np.float32)
     close(Network(layers, ("y",)), x, tuner=Tuner(threads, instruction_set=SETS[which % len(SETS)]))
+
+
+@given(seed=st.integers(0, 1000), threads=st.integers(1, 4), lanes=st.sampled_from([1, 16]), size=st.integers(9, 40))
+@settings(max_examples=40, deadline=None)
+def test_chains_of_layers_that_run_tile_by_tile(seed, threads, lanes, size):
+    """Residuals of residuals, written over where nobody else reads them, beside windows that reach into other tiles."""
+    rng = np.random.default_rng(seed)
+    layers = [Layer("input", "x"), convolution(rng, "v0", "x", 3, 16)]
+    for number in range(12):
+        source = f"v{number}"
+        older = [f"v{n}" for n in range(number + 1)]
+        kernel = [(1, 1), (3, 3)][int(rng.random() < 0.3)]
+        residual = str(rng.choice(older)) if rng.random() < 0.6 else None
+        if rng.random() < 0.3:
+            source = str(rng.choice(older[-3:]))
+        layers.append(
+            convolution(
+                rng, f"v{number + 1}", source, 16, 16, kernel, residual=residual,
+                activation=str(rng.choice(["none", "relu", "tanh"])), bias=bool(rng.random() < 0.5),
+            )
+        )  # fmt: skip
+        layers[-1].weight[:] *= 0.3
+    network = Network(tuple(layers), ("v12", "v9"))
+    x = rng.standard_normal((2, 3, size, size)).astype(np.float32)
+    built = build(network, [x.shape[1:]], 2, lanes=lanes, tuner=Tuner(threads))
+    wanted = reference(network, x)
+    for _ in range(3):
+        for got, want in zip(built.run([x], threads), wanted, strict=True):
+            assert abs(got - want).max() <= 2e-5 * max(1, abs(want).max())
+
+
+def test_bottlenecks_are_joined():
+    rng = np.random.default_rng(8)
+    layers = (
+        Layer("input", "x"),
+        convolution(rng, "a", "x", 16, 8, (1, 1)),
+        convolution(rng, "b", "a", 8, 8),
+        convolution(rng, "c", "b", 8, 16, (1, 1), residual="x"),
+        convolution(rng, "d", "c", 16, 8, (1, 1)),
+        convolution(rng, "e", "d", 8, 8),
+    )
+    built = build(Network(layers, ("e",)), [(16, 28, 28)], 1)
+    joined = {label: record.joined for label, record in zip(built.steps, built.program.records, strict=True)}
+    assert joined == {"x": False, "a": False, "b": True, "c": True, "d": False, "e": False, "output": False}
+
+
+def test_arrays_of_the_caller_are_read_and_written_in_place_and_nothing_else():
+    rng = np.random.default_rng(7)
+    first, second = (rng.standard_normal(shape).astype(np.float32) for shape in ((200, 24), (8, 200)))
+    layers = (
+        Layer("input", "x"),
+        Layer("linear", "h", ("x",), first, activation="relu"),
+        Layer("linear", "y", ("h",), second),
+        Layer("linear", "z", ("h",), second, residual="y"),
+    )
+    network = Network(layers, ("z", "y"))
+    for rows in (1, 3, 40):
+        built = build(network, [(24,)], rows)
+        around = np.full((rows + 2, 8), 7, np.float32), np.full((rows + 2, 8), 7, np.float32)
+        wide = rng.standard_normal(rows * 24 + 1).astype(np.float32)[1:]  # not aligned to vectors
+        x = wide.reshape(rows, 24)
+        kept = x.copy()
+        built.run([x], 1, [a[1:-1] for a in around])
+        assert np.array_equal(x, kept)
+        for got, want in zip(around, reference(network, x), strict=True):
+            assert (got[[0, -1]] == 7).all()
+            assert abs(got[1:-1] - want).max() <= 1e-5 * abs(want).max()
 
 
 def test_results_do_not_depend_on_threads_or_repetition():

@@ -444,6 +444,198 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         raise DataDamaged(f"{path} holds no arrays saved with numpy.savez ({error}).") from error
 
 
+# -- profile, bench ---------------------------------------------------------------------------------------------
+
+
+def _model_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", help="a name of `prunus ls models`, or timm/NAME, torchvision/NAME, transformers/NAME")
+    verb.add_argument("--weights", type=Path, metavar="FILE", help="saved by prunus, or a checkpoint (default: random)")
+    verb.add_argument("--shape", help="of one input, such as 3,224,224 (default: the model's own)")
+    verb.add_argument("--classes", type=int, metavar="N", help="outputs (default 10, or 1000 of image collections)")
+    verb.add_argument("--batch", default="1", help="examples per call (default 1)")
+    verb.add_argument("--threads", help="default: as many as torch takes")
+    verb.add_argument("--seed", type=int, default=0, help="of random weights, masks and inputs (default 0)")
+    verb.add_argument("--rounds", type=int, metavar="N", help="timed calls of each (default: a few seconds)")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of text")
+    verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON to a file as well")
+
+
+def _model(known: argparse.Namespace) -> Any:
+    from prunus.runtime.named import named_model, sizes
+
+    shape = sizes(known.shape, "--shape") if known.shape else None
+    return named_model(known.model, shape=shape, classes=known.classes, weights=known.weights, seed=known.seed)
+
+
+def _measured(known: argparse.Namespace, found: Any) -> int:
+    """Print and write what was measured."""
+    if known.output is not None:
+        from prunus.files import write_atomic
+
+        write_atomic(known.output, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+    if known.json:
+        _print_json(found.to_dict())
+    else:
+        _say(str(found))
+    return 0
+
+
+def _telling(known: argparse.Namespace) -> Callable[[str], None]:
+    return lambda text: None if known.quiet else print(f"prunus: {text} ...", file=sys.stderr, flush=True)
+
+
+def _profile_arguments(verb: argparse.ArgumentParser) -> None:
+    _model_arguments(verb)
+    verb.add_argument("--compress", action="store_true", help="profile what prunus.compress makes of the model")
+
+
+def _profile(known: argparse.Namespace) -> int:
+    """Measure what a model costs, layer by layer: parameters, arithmetic, bytes, time, and what holds each back."""
+    from prunus.runtime.named import sizes
+    from prunus.runtime.profile import at_batch, profile
+
+    batch, threads = sizes(known.batch, "--batch"), sizes(known.threads, "--threads") if known.threads else (None,)
+    if len(batch) > 1 or len(threads) > 1:
+        raise InvalidValue("profile takes one batch size and one number of threads; `prunus bench` compares several.")
+    model, example = _model(known)
+    tell = _telling(known)
+    if known.compress:
+        from prunus.measure.latency import using_threads
+        from prunus.runtime.compress import compress
+
+        with using_threads(threads[0]):
+            model = compress(model, at_batch(example, batch[0]), on_stage=tell)
+    found = profile(model, example, batch=batch[0], threads=threads[0], rounds=known.rounds, on_stage=tell)
+    return _measured(known, found)
+
+
+def _bench_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = """examples:
+  prunus bench timm/resnet50 --sparsity 0,0.5,0.8,0.9,0.95 --pattern unstructured,16x1 --plot resnet50.svg
+  prunus bench torchvision/mobilenet_v2 --batch 1,16 --threads 1,2 --against dense,onnxruntime --json
+  prunus bench resnet20 --weights pruned.safetensors -o result.json
+
+Runtimes that are not installed are skipped and named: pip install 'prunus[bench]' brings onnxruntime and openvino.
+"""
+    _model_arguments(verb)
+    verb.add_argument(
+        "--against",
+        default="dense,onnxruntime,openvino,torch-compile",
+        help="runtimes: dense (torch), onnxruntime, openvino, torch-compile (default: all)",
+    )
+    verb.add_argument("--sparsity", default="", help="shares of zeros to draw at random, such as 0,0.5,0.9")
+    verb.add_argument(
+        "--pattern", default="unstructured", help="of those zeros: unstructured, 4x1 (blocks of output channels), 2:4"
+    )
+    verb.add_argument("--precision", default="fp32", help="of the other runtimes: fp32 (default) or bf16")
+    verb.add_argument(
+        "--engine", default="always", help="always (default), or auto: leave layers to torch where that is faster"
+    )
+    verb.add_argument("--plot", type=Path, metavar="FILE.svg", help="time against sparsity, at the first batch size")
+
+
+def _bench(known: argparse.Namespace) -> int:
+    """Time the sparse engine against other runtimes on this machine, and find the sparsity from which it is faster."""
+    from prunus.runtime.bench import bench
+    from prunus.runtime.named import shares, sizes
+
+    if known.plot is not None and not known.sparsity:
+        raise InvalidValue("--plot draws time against sparsity; give --sparsity, such as 0,0.5,0.8,0.9,0.95.")
+    batches, threads = sizes(known.batch, "--batch"), sizes(known.threads, "--threads") if known.threads else None
+    sparsities = shares(known.sparsity, "--sparsity")
+    model, example = _model(known)
+    found = bench(
+        model,
+        example,
+        against=[name for name in known.against.split(",") if name],
+        batches=batches,
+        threads=threads,
+        sparsities=sparsities,
+        patterns=known.pattern.split(","),
+        precision=known.precision,
+        engine=known.engine,
+        rounds=known.rounds,
+        seed=known.seed,
+        name=known.model,
+        on_stage=_telling(known),
+    )
+    if known.plot is not None:
+        from prunus.files import write_atomic
+        from prunus.report.bench import bench_plot
+
+        write_atomic(known.plot, bench_plot(found).encode())
+    return _measured(known, found)
+
+
+# -- export -----------------------------------------------------------------------------------------------------
+
+
+def _export_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.epilog = """examples:
+  prunus export resnet20 --weights small.safetensors --format onnx -o small.onnx
+  prunus export timm/resnet18 --weights small.safetensors --shape 3,224,224 --format prunus -o small.prunus
+  prunus export my_package.nets:MyNet --option width=64 --weights small.safetensors -o folder
+  prunus export transformers/bert --option task=base --inputs ids.npz --format pt2 -o bert.pt2
+
+ids.npz holds one array per argument of the model's forward, by its name: numpy.savez("ids.npz", input_ids=x).
+Formats: safetensors (folder with a load.py that needs no Prunus), hf (folder of a transformers model), onnx, pt2
+(torch.export), prunus (runs in the engine without torch: prunus.runtime.package.load).
+"""
+    verb.add_argument("model", help="a name of `prunus ls models`, timm/NAME and the like, or module:function")
+    verb.add_argument("--weights", type=Path, metavar="FILE", help="saved by prunus, or a checkpoint (default: random)")
+    verb.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the model (repeatable; JSON or text)"
+    )
+    verb.add_argument("--shape", help="of one input, such as 3,224,224 (default: the model's own)")
+    verb.add_argument("--classes", type=int, metavar="N", help="outputs (default 10, or 1000 of image collections)")
+    verb.add_argument("--inputs", type=Path, metavar="FILE.npz", help="an example input, instead of a random one")
+    verb.add_argument("--format", default="safetensors", help="safetensors (default), hf, onnx, pt2 or prunus")
+    verb.add_argument("-o", "--output", type=Path, required=True, help="file or folder to write")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _export(known: argparse.Namespace) -> int:
+    """Write a pruned model in a form that other tools read; it is read back and compared before it is there."""
+    options: dict[str, Any] = {}
+    for pair in known.option:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise InvalidValue(f"--option {pair!r} must be NAME=VALUE, such as width=64.")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    from prunus.runtime.export import FORMATS, export, made_by, opened
+    from prunus.runtime.named import named_model, sizes
+
+    if known.format not in FORMATS:
+        raise unknown("format", known.format, FORMATS)
+    shape = sizes(known.shape, "--shape") if known.shape else None
+    given = None if known.inputs is None else _read_arrays(known.inputs)
+    import torch
+
+    if ":" in known.model:
+        sys.path.insert(0, "")  # as for `python -m`: the user's own code lies here
+        model = made_by(known.model, options, known.weights)
+        if shape is None and given is None and known.format not in ("safetensors", "hf"):
+            raise InvalidValue("say what one input looks like: --shape 3,224,224, or --inputs FILE.npz.")
+        example: Any = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)) if shape else None
+    else:
+        model, example = named_model(
+            known.model, shape=shape, classes=known.classes, weights=known.weights, options=options
+        )
+    if given is not None:
+        example = {name: torch.from_numpy(array) for name, array in given.items()}
+    made = export(opened(model, known.weights), known.output, format=known.format, example=example)
+    if known.json:
+        weights = None if known.weights is None else str(known.weights)
+        _print_json({"model": known.model, "weights": weights} | made.to_dict())
+    else:
+        _say(str(made))
+    return 0
+
+
 # -- ls, explain, new, doctor -----------------------------------------------------------------------------------
 
 
@@ -564,6 +756,9 @@ _VERBS: dict[str, Verb] = {
     "status": (_status, "show how far a run is", _folder_arguments),
     "verify": (_verify, "check every hash of a run folder or file", _folder_arguments),
     "prune": (_prune, "make an ONNX model really smaller", _prune_arguments),
+    "profile": (_profile, "measure what a model costs, layer by layer", _profile_arguments),
+    "bench": (_bench, "time the sparse engine against other runtimes", _bench_arguments),
+    "export": (_export, "write a pruned model for other tools", _export_arguments),
     "ls": (_ls, "list methods, scores, budgets, models, data sets, recipes", _ls_arguments),
     "explain": (_explain, "show what a name stands for, its options and source", _explain_arguments),
     "new": (_new, "write a recipe to start from", _new_arguments),

@@ -28,6 +28,7 @@ __all__ = [
     "effective_macs",
     "latency",
     "layer_costs",
+    "own_macs",
     "packed_bytes",
     "total_macs",
 ]
@@ -131,6 +132,33 @@ def total_macs(model: nn.Module, example: Any) -> int:
     with FlopCounterMode(display=False) as counter:
         _observe(unwrap(model), example)
     return counter.get_total_flops() // 2
+
+
+def own_macs(model: nn.Module, example: Any) -> dict[str, int]:
+    """Return what `total_macs` counts by path of the module that spends it, without what its submodules spend.
+
+    Args and errors as for `total_macs`.
+
+    Returns:
+        Path (as in `named_modules`) -> multiply-accumulates, where there are any; they add up to `total_macs`.
+    """
+    model = unwrap(model)
+    with FlopCounterMode(display=False) as counter:
+        _observe(model, example)
+    root = type(model).__name__
+    found = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    total = counter.get_total_flops() // 2
+    paths = [path for path, _ in model.named_modules() if path]
+    inside = {path: found[f"{root}.{path}"] for path in paths if f"{root}.{path}" in found}
+    own = {"": total} | inside
+    for path, macs in inside.items():
+        above = path.rpartition(".")[0]
+        while above and above not in inside:
+            above = above.rpartition(".")[0]
+        own[above] -= macs
+    if min(own.values()) < 0:  # a module that is called by another than the one it belongs to
+        return {"": total} if total else {}
+    return {path: macs for path, macs in own.items() if macs}
 
 
 def effective_macs(costs: Mapping[str, LayerCost], densities: Mapping[str, float]) -> int:

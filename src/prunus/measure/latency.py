@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ def latency(
     *,
     repeats: int = 30,
     warmup: int = 5,
+    primed: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
     """Time models against each other, one call of each per round, every second round in reverse order.
@@ -59,6 +61,8 @@ def latency(
         example: inputs for every model: a tensor, a tuple of arguments or a mapping of keyword arguments, used whole.
         repeats: timed rounds (default 30).
         warmup: rounds before the first timed one (default 5).
+        primed: call each once more, untimed, right before its timed call. What others left behind (their threads still
+            spinning, caches full of their weights) is then not counted: it is the time within a stream of calls.
         clock: returns seconds; replaceable for tests.
 
     Raises:
@@ -73,6 +77,8 @@ def latency(
     with evaluating(*models.values()), torch.inference_mode():
         for turn in range(warmup + repeats):
             for name in models if turn % 2 == 0 else reversed(list(models)):
+                if primed:
+                    call(models[name], example)
                 wait()
                 start = clock()
                 call(models[name], example)
@@ -82,6 +88,25 @@ def latency(
                     times[name].append(taken)
     reference = times[next(iter(models))]
     return {name: _summary(taken, reference) for name, taken in times.items()}
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[int]:
+    """Let torch use `count` threads inside the block (None: as many as it has now); gives their number.
+
+    Raises:
+        InvalidValue: not a whole number from 1 up.
+    """
+    before = torch.get_num_threads()
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise InvalidValue(f"threads {count!r} must be a whole number from 1 up.")
+    if count is not None and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def _summary(taken: list[float], reference: list[float]) -> Latency:

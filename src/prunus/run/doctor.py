@@ -19,6 +19,7 @@ _OPTIONAL = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "openvino": "bench",
 }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from prunus.data.examples import Splits
 from prunus.data.load import load
 from prunus.files import canonical_json, sha256_bytes
-from prunus.measure.latency import latency
+from prunus.measure.latency import latency, using_threads
 from prunus.models.create import create
 from prunus.report.write import write
 from prunus.run.cells import Cell, carry_out, cells, result_of
@@ -109,19 +108,8 @@ def execute(
         Stopped: `should_stop` said so.
         DataMissing, DataDamaged, DamagedFile, StorageFailed, NonFinite and what recipes raise.
     """
-    with _threads(recipe.threads):
+    with using_threads(recipe.threads):
         return _execute(recipe, Path(folder), on_plan, on_step, on_cell, should_stop)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _execute(

@@ -24,7 +24,7 @@ class Verdict:
 
 
 def verify(path: Path | str) -> Verdict:
-    """Check a run folder, or a file written by `Masks.save` or `Pruned.save`.
+    """Check a run folder, or a file written by `Masks.save`, `Pruned.save` or `Compressed.save` (`.prunus`).
 
     Raises:
         DataMissing: there is nothing at `path`.
@@ -63,8 +63,15 @@ def _folder(folder: Path) -> Verdict:
 def _file(path: Path) -> Verdict:
     from prunus.masks import Masks
     from prunus.oneshot import read_packed
+    from prunus.runtime.package import read
 
     try:
+        if path.suffix == ".prunus":
+            try:
+                read(path)
+            except DamagedFile as error:
+                return Verdict(str(path), 1, (str(error),))
+            return Verdict(str(path), 1, ())
         try:
             Masks.load(path)
         except DamagedFile as first:

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from prunus.runtime.library import Memory, Program
 from prunus.runtime.network import Layer, Network, Shape
 from prunus.runtime.planes import SLACK, VECTOR, Geometry, Tiles, split, tiles
-from prunus.runtime.records import ACTIVATIONS, Copy, Mean, Pointwise, Record, Transpose, Window
+from prunus.runtime.records import ACTIVATIONS, Copy, Gemv, Mean, Pointwise, Record, Stream, Transpose, Window
 from prunus.runtime.streams import Streams
 from prunus.runtime.tune import Tuner
 
 Array = NDArray[np.float32]
+Patch = tuple[Record, str, int]  # the field of a record that points into an input or output, and the byte offset there
 
 
 @dataclass
@@ -58,16 +59,15 @@ class Built:
 
     Attributes:
         program: its steps.
-        inputs: per input the records that read it, each with its byte offset.
-        outputs: the same of the records that write each output.
+        inputs, outputs: per array the fields that point into it.
         shapes: of the outputs, with batch.
         steps: label of the layer that each step belongs to.
         choices: what was chosen per layer label, for reports.
     """
 
     program: Program
-    inputs: list[list[tuple[Record, int]]]
-    outputs: list[list[tuple[Record, int]]]
+    inputs: list[list[Patch]]
+    outputs: list[list[Patch]]
     shapes: list[Shape]
     steps: list[str]
     choices: dict[str, str]
@@ -91,12 +91,9 @@ class Built:
 
     def feed(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         """Let the program read from and write to these addresses."""
-        for address, places in zip(inputs, self.inputs, strict=True):
-            for record, offset in places:
-                record.x = address + offset  # type: ignore[attr-defined]
-        for address, places in zip(outputs, self.outputs, strict=True):
-            for record, offset in places:
-                record.y = address + offset  # type: ignore[attr-defined]
+        for address, patches in zip((*inputs, *outputs), (*self.inputs, *self.outputs), strict=True):
+            for record, name, offset in patches:
+                setattr(record, name, address + offset)
 
 
 def build(
@@ -132,21 +129,35 @@ class _Builder:
         self.free: dict[tuple[Any, ...], list[Place]] = {}
         self.spare: dict[tuple[Any, ...], list[Memory]] = {}
         self.temporary: list[tuple[tuple[Any, ...], Memory]] = []
+        self.released: list[Place] = []
+        self.handed_on: set[str] = set()
+        self.head_reads: set[str] = set()  # by the first of the joined layers, around the positions it writes, too
         self.records: list[Record] = []
         self.labels: list[str] = []
         self.choices: dict[str, str] = {}
         self.keep: list[Any] = []
-        self.inputs: list[list[tuple[Record, int]]] = []
+        self.inputs: list[list[Patch]] = []
         self.streams = Streams(self)
         self.users = Counter(name for layer in network.layers for name in layer.reads)
         self.users.update(network.outputs)
 
     def build(self) -> Built:
+        last: Layer | None = None
         for layer in self.network.layers:
+            if not self._joins(last, layer):
+                self._forget()
+                self.head_reads = set(layer.inputs)
+            start = len(self.records)
             getattr(self, f"_{layer.op}")(layer)
+            if self._joins(last, layer) and len(self.records) == start + 1:
+                self._join(self.records[start - 1], self.records[start])
             for name in set(layer.reads):
                 self._released(name, layer.reads.count(name))
+            last = layer
+        self._forget()
         outputs = [self._returned(name) for name in self.network.outputs]
+        for patches, name in zip((*self.inputs, *outputs), (*self.network.inputs, *self.network.outputs), strict=True):
+            self._without_copy(patches, self.places[name])
         program = Program(self.records, instruction_set=self.tuner.instruction_set)
         shapes = [(self.batch, *self.shapes[name]) for name in self.network.outputs]
         return Built(program, self.inputs, outputs, shapes, self.labels, self.choices, self.keep)
@@ -176,11 +187,11 @@ class _Builder:
         top, left = self.margins.get(shape[1:], (0, 0))  # type: ignore[arg-type]
         return Geometry.make(*shape, images=self.images, lanes=self.lanes, top=top, left=left)  # type: ignore[misc]
 
-    def allocate(self, geometry: Geometry) -> Place:
-        """Return memory for a value; what lies around the positions is zero and is never written."""
+    def allocate(self, geometry: Geometry, *, fresh: bool = False) -> Place:
+        """Return memory for a value, unused so far if `fresh`; what lies around the positions is zero and stays so."""
         key = (geometry.lanes, geometry.pitch, geometry.origin, geometry.plane, geometry.height, geometry.width)
         fitting = [p for p in self.free.get(key, ()) if p.geometry.bytes >= geometry.bytes]
-        if fitting:
+        if fitting and not fresh:
             best = min(fitting, key=lambda p: p.geometry.bytes)
             self.free[key].remove(best)
             return Place(geometry, best.memory, best.offset)
@@ -203,19 +214,54 @@ class _Builder:
         self.temporary.append((use, found))
         return found
 
-    def _give_back(self, place: Place) -> None:
-        g = place.geometry
-        self.free.setdefault((g.lanes, g.pitch, g.origin, g.plane, g.height, g.width), []).append(place)
-
     def _released(self, name: str, times: int) -> None:
         self.users[name] -= times
-        if self.users[name] == 0:
-            self._give_back(self.places[name])
+        if self.users[name] == 0 and name not in self.handed_on:
+            self.released.append(self.places[name])
 
-    def made(self, layer: Layer) -> Place:
-        """Allocate the value that a layer makes."""
-        place = self.places[layer.name] = self.allocate(self.geometry(layer.name))
+    def _forget(self) -> None:
+        """Let later layers have the memory that joined ones have done with: their tasks may still be reading it."""
+        for place in self.released:
+            g = place.geometry
+            self.free.setdefault((g.lanes, g.pitch, g.origin, g.plane, g.height, g.width), []).append(place)
+        self.released = []
+
+    def made(self, layer: Layer, *, over_residual: bool = False) -> Place:
+        """Allocate the value that a layer makes; over its residual if nobody else needs that and it is allowed."""
+        residual = layer.residual
+        wanted = residual is None or residual in layer.inputs or residual in self.head_reads
+        if layer.name in self.network.outputs:
+            # Memory of its own, which may then be replaced by the caller's.
+            place = self.places[layer.name] = self.allocate(self.geometry(layer.name), fresh=True)
+        elif over_residual and residual is not None and not wanted and self.users[residual] == 1:
+            self.handed_on.add(residual)
+            place = self.places[layer.name] = self.places[residual]
+        else:
+            place = self.places[layer.name] = self.allocate(self.geometry(layer.name))
         return place
+
+    # -- joining -----------------------------------------------------------------------------------------------------
+
+    def _joins(self, last: Layer | None, layer: Layer) -> bool:
+        """Whether a layer looks only at the positions that it writes, as its predecessor wrote or may have read them.
+
+        Its tiles may then run right after those of the layer before, while their values are in the cache.
+        """
+        if last is None or last.op != "convolution" or layer.op != "convolution" or layer.weight is None:
+            return False
+        o = layer.options
+        alone = layer.weight.shape[2:] == (1, 1) and o["stride"] == (1, 1) and o["padding"] == (0, 0)
+        size = self.shapes[layer.name][1:]
+        return alone and size == self.shapes[last.name][1:] and size != (1, 1)
+
+    @staticmethod
+    def _join(last: Record, record: Record) -> None:
+        if not (isinstance(last, Stream) and isinstance(record, Stream)) or last.chunks != 1 or record.chunks != 1:
+            return
+        # Both must cut the positions alike: x of this one lies where y of the last one does.
+        last.joined = last.tiles == record.tiles and all(
+            np.array_equal(a, b) for a, b in ((last.widths_, record.widths_), (last.positions_, record.positions_))
+        )
 
     def add(self, layer: Layer, record: Record) -> None:
         """Append a step."""
@@ -232,19 +278,20 @@ class _Builder:
 
     def _input(self, layer: Layer) -> None:
         place = self.made(layer)
+        self.handed_on.add(layer.name)  # to nobody: it may be read where the caller has it
         shape = self.shapes[layer.name]
         self.inputs.append(self._moved(layer, place, shape, reading=True))
 
-    def _returned(self, name: str) -> list[tuple[Record, int]]:
+    def _returned(self, name: str) -> list[Patch]:
         layer = Layer("output", f"{name}:out", label="output")
         return self._moved(layer, self.places[name], self.shapes[name], reading=False)
 
-    def _moved(self, layer: Layer, place: Place, shape: Shape, *, reading: bool) -> list[tuple[Record, int]]:
+    def _moved(self, layer: Layer, place: Place, shape: Shape, *, reading: bool) -> list[Patch]:
         """Add copies between a plain array and planes; return each with its offset into the array."""
         channels, height, width = (*shape, 1, 1)[:3]
         g = place.geometry
         size = channels * height * width * 4
-        found: list[tuple[Record, int]] = []
+        found: list[Patch] = []
         if g.plane == 1:
             return self._rows_moved(layer, place, channels, reading=reading)
         if self.lanes == 1:
@@ -257,7 +304,7 @@ class _Builder:
                 record.put(f"{'y' if reading else 'x'}_{name}", value)
             record.put("y" if reading else "x", place.start)
             self.add(layer, record)
-            return [(record, 0)]
+            return [(record, "x" if reading else "y", 0)]
         for group in range(self.images):
             images = min(VECTOR, self.batch - group * VECTOR)
             start = place.start + group * g.image_bytes
@@ -273,10 +320,10 @@ class _Builder:
             record.put(f"{there}_row", 64)
             record.put(there, start)
             self.add(layer, record)
-            found.append((record, group * VECTOR * size))
+            found.append((record, here, group * VECTOR * size))
         return found
 
-    def _rows_moved(self, layer: Layer, place: Place, features: int, *, reading: bool) -> list[tuple[Record, int]]:
+    def _rows_moved(self, layer: Layer, place: Place, features: int, *, reading: bool) -> list[Patch]:
         """The same for rows of features."""
         here, there = ("x", "y") if reading else ("y", "x")
         row = features * 4
@@ -287,8 +334,8 @@ class _Builder:
                 record.put(f"{side}_step", 4)
             record.put(there, place.start)
             self.add(layer, record)
-            return [(record, 0)]
-        found: list[tuple[Record, int]] = []
+            return [(record, "x" if reading else "y", 0)]
+        found: list[Patch] = []
         for group in range(self.images):
             images = min(VECTOR, self.batch - group * VECTOR)
             record = Transpose(outer=1, inner=1)
@@ -298,8 +345,27 @@ class _Builder:
             record.put(f"{there}_row", 64)
             record.put(there, place.start + group * features * 64)
             self.add(layer, record)
-            found.append((record, group * VECTOR * row))
+            found.append((record, here, group * VECTOR * row))
         return found
+
+    def _without_copy(self, patches: list[Patch], place: Place) -> None:
+        """Let steps that touch only what they are told to read or write an array in place, without the copy of it."""
+        copy = patches[0][0]
+        if len(patches) > 1 or not isinstance(copy, Copy) or place.geometry.plane != 1 or self.lanes != 1:
+            return
+        end = place.start + place.geometry.bytes
+        found: list[Patch] = []
+        for record in self.records:
+            for name in ("x", "y", "a", "b", "residual"):
+                address = getattr(record, name, None)
+                if record is not copy and address is not None and place.start <= address < end:
+                    if not isinstance(record, Transpose | Gemv):
+                        return
+                    found.append((record, name, address - place.start))
+        if found:
+            number = self.records.index(copy)
+            del self.records[number], self.labels[number]
+            patches[:] = found
 
     # -- layers of weights -------------------------------------------------------------------------------------------
 

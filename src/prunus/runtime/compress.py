@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import copy
 import operator
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import fx, nn
 
 from prunus.errors import InvalidValue, Unsupported
 from prunus.graph.record import arguments
 from prunus.measure.forwarding import tensors_of
+from prunus.measure.latency import latency
 from prunus.parameters import unwrap
+from prunus.runtime.fallback import sparse_linears
 from prunus.runtime.library import why_not
-from prunus.runtime.network import density
+from prunus.runtime.network import Network, density
+from prunus.runtime.package import save
 from prunus.runtime.region import EngineRegion
 from prunus.runtime.trace import Region, exported, regions
 from prunus.runtime.tune import Tuner
 
 ROUNDS = 5
+TOLERANCE = 1e-3  # relative; float32 sums in another order stay below 1e-5
 
 
 @dataclass(frozen=True)
@@ -86,26 +89,6 @@ class CompressionReport:
         return "\n".join(lines)
 
 
-@dataclass
-class _Timed:
-    """Medians of interleaved calls, in milliseconds."""
-
-    calls: dict[str, Callable[[], Any]]
-    rounds: int = ROUNDS
-    times: dict[str, list[float]] = field(default_factory=dict)
-
-    def median(self, name: str) -> float:
-        if not self.times:
-            for call in self.calls.values():
-                call()
-            for _ in range(self.rounds):
-                for key, call in self.calls.items():
-                    start = time.perf_counter()
-                    call()
-                    self.times.setdefault(key, []).append(1e3 * (time.perf_counter() - start))
-        return float(np.median(self.times[name]))
-
-
 class Compressed(nn.Module):
     """A model for inference, parts of which run in the engine.
 
@@ -113,12 +96,18 @@ class Compressed(nn.Module):
         report: what became of each layer.
         inner: the graph of regions and of what stays in torch.
         sizes: shapes without batch that the inputs need to have; None if any that the weights can read will do.
+        shapes: those of the example.
     """
 
-    def __init__(self, inner: nn.Module, sizes: list[tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        inner: nn.Module,
+        sizes: list[tuple[int, ...]] | None = None,
+        shapes: list[tuple[int, ...]] | None = None,
+    ) -> None:
         super().__init__()
         self.inner = inner
-        self.sizes = sizes
+        self.sizes, self.shapes = sizes, shapes
         self.report: CompressionReport | None = None
         self.training = False
 
@@ -145,6 +134,58 @@ class Compressed(nn.Module):
             raise Unsupported("a compressed model is for inference; train the model it was made from.")
         return self
 
+    def save(self, path: Path | str) -> int:
+        """Write the model to a file that `prunus.runtime.package.load` runs without torch; returns its bytes.
+
+        Raises:
+            Unsupported: a part of the model runs in torch, or reads or returns what the engine does not make.
+            StorageFailed: the file cannot be written; an older one there is unchanged.
+        """
+        region, network = whole_network(self)
+        tuner = region.pool.tuner
+        shapes = [region.pool.inner((1, *shape)) for shape in self.shapes or ()]
+        return save(
+            path,
+            network,
+            shapes,
+            rows=region.rows,
+            found=tuner.found,
+            threads=torch.get_num_threads(),
+            instruction_set=tuner.instruction_set,
+        )
+
+
+def whole_network(model: Compressed) -> tuple[EngineRegion, Network]:
+    """Return the region of a model that runs in the engine whole, and its network with inputs in the model's order.
+
+    Raises:
+        Unsupported: there is more than that.
+    """
+    nodes = list(cast(fx.GraphModule, model.inner).graph.nodes)
+    calls = [node for node in nodes if node.op in ("call_module", "call_method", "call_function")]
+    calls = [node for node in calls if node.target is not operator.getitem]
+    region = model.inner.get_submodule(str(calls[0].target)) if calls and calls[0].op == "call_module" else None
+    given = [node for node in nodes if node.op == "placeholder"]
+    if len(calls) != 1 or not isinstance(region, EngineRegion) or set(calls[0].args) != set(given):
+        reasons = dict(model.report.in_torch) if model.report else {}
+        named = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:4])
+        raise Unsupported(
+            f"only a model that runs in the engine whole can be a package; {named or 'this one has other parts'}. "
+            'Compress it with engine="always" if torch was merely faster, or export it as ONNX.'
+        )
+    returned = next(node for node in nodes if node.op == "output").args[0]
+    made = region.network.outputs
+    outputs = []
+    for node in returned if isinstance(returned, list | tuple) else (returned,):
+        picked = isinstance(node, fx.Node) and node.target is operator.getitem and node.args[0] is calls[0]
+        if not picked and node is not calls[0]:
+            raise Unsupported("only what the engine computes can be returned from a package; the model returns more.")
+        outputs.append(made[node.args[1]] if picked else made[0])
+    layers = {layer.name: layer for layer in region.network.layers}
+    order = [region.network.inputs[calls[0].args.index(node)] for node in given]
+    rest = [layer for layer in region.network.layers if layer.op != "input"]
+    return region, Network((*(layers[name] for name in order), *rest), tuple(outputs))
+
 
 def compress(
     model: nn.Module,
@@ -159,7 +200,8 @@ def compress(
 
     Batch norms are folded, activations and residual sums fused, kernels chosen by timing on this machine, with as many
     threads as torch has now. A region that torch computes faster stays in torch. Weights that are zero are dropped:
-    call it after pruning. The model itself is untouched.
+    call it after pruning. The model itself is untouched. Where there is no native engine, linear layers are stored in
+    torch's sparse format if that is faster, and the report says so.
 
     Args:
         model: pruned by masks, or smaller, or dense; float32 on the CPU. Its eval mode is what runs.
@@ -175,7 +217,7 @@ def compress(
 
     Raises:
         InvalidValue: the model cannot run the example, or is not on the CPU or not float32.
-        Unsupported: there is no native engine here, or torch.export cannot read the model.
+        Unsupported: torch.export cannot read the model, or `engine` is "always" and there is none here.
     """
     if engine not in ("auto", "always"):
         raise InvalidValue(f'engine is "auto" or "always", not {engine!r}.')
@@ -185,11 +227,13 @@ def compress(
             raise Unsupported(f"the engine computes on the CPU, {name!r} is on {tensor.device}; move the model.")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise InvalidValue(f"the engine computes in float32, {name!r} is {tensor.dtype}; call model.float().")
-    if why_not():
+    if why_not() and engine == "always":
         raise Unsupported(f"the native engine is not there: {why_not()}.")
     tell = on_stage or (lambda text: None)
     args, kwargs = arguments(example)
     dense = copy.deepcopy(bare).eval()
+    if why_not():
+        return _without_engine(dense, args, kwargs, why_not())
     tell("reading the model")
     graph, found, reasons = regions(exported(dense, example))
     tuner = Tuner(torch.get_num_threads(), instruction_set=instruction_set, timing=timing, on_stage=on_stage)
@@ -204,8 +248,7 @@ def compress(
             read = [given[i] for i in region.places]
             mine.compute(read)
             if engine == "auto" and timing:
-                timed = _Timed({"engine": partial(mine, *read), "torch": partial(region.graph, *given)})
-                ours, theirs = timed.median("engine"), timed.median("torch")
+                ours, theirs = _medians(partial(mine, *read), partial(region.graph, *given))
                 if ours > theirs:
                     reasons[_named(region)] = f"faster in torch ({theirs:.3f} ms, {ours:.3f} ms in the engine)"
                     del made[region.name]
@@ -217,10 +260,61 @@ def compress(
         graph.recompile()
         whole = all(node.op != "call_function" or node.target is operator.getitem for node in graph.graph.nodes)
         sizes = None if whole and made else [tuple(x.shape[1:]) for x in tensors_of((args, kwargs))]
-        result = Compressed(graph, sizes)
+        result = Compressed(graph, sizes, [tuple(x.shape[1:]) for x in tensors_of((args, kwargs))])
         tell("comparing with the model as it was")
         result.report = _report(result, dense, args, kwargs, made, inputs, found, reasons)
     return result
+
+
+def _without_engine(dense: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Compressed:
+    """Do what can be done in torch alone."""
+    sparse = copy.deepcopy(dense)
+    with torch.inference_mode():
+        try:
+            replaced = sparse_linears(sparse, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InvalidValue(f"the model cannot run the example ({type(error).__name__}: {error}).") from error
+        result = Compressed(sparse)
+        after, before = _medians(partial(result, *args, **kwargs), partial(dense, *args, **kwargs))
+        difference = _difference(dense, result, args, kwargs)
+    layers = []
+    for path, (_, milliseconds) in replaced.items():
+        kept = float((dense.get_submodule(path).weight != 0).float().mean())  # type: ignore[union-attr, operator, arg-type]
+        layers.append(LayerReport(path, "linear", kept, "torch CSR", milliseconds, milliseconds / after))
+    threads = torch.get_num_threads()
+    gain = f"{before / after:.2f} times as fast as dense torch ({after:.2f} against {before:.2f} ms, {threads} threads)"
+    sentence = f"Without the native engine ({why}): {gain}; {len(layers)} layers in torch's sparse format."
+    rest = {"everything else": "there is no native engine"}
+    result.report = CompressionReport(tuple(layers), rest, after, before, difference, threads, sentence)
+    return result
+
+
+def _difference(dense: nn.Module, result: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return the largest difference of the outputs, relative to the largest number of each.
+
+    Raises:
+        Unsupported: the outputs are not the same; such a model is never returned.
+    """
+    difference = 0.0
+    for a, b in zip(*(list(tensors_of(m(*args, **kwargs))) for m in (dense, result)), strict=True):
+        if not a.numel() or not a.is_floating_point():
+            continue
+        sound = torch.isfinite(a)
+        if bool(sound.any()):
+            scale = a[sound].abs().max().clamp(min=1e-30)
+            difference = max(difference, float((a - b)[sound].abs().nan_to_num(torch.inf).max() / scale))
+    if difference > TOLERANCE:
+        raise Unsupported(
+            f"the compressed model's outputs differ from the model's by {difference:.1e}; it draws at random, or the "
+            "engine misreads it. Run the model as it is."
+        )
+    return difference
+
+
+def _medians(one: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:
+    """Return the milliseconds of a call of each, medians of interleaved rounds."""
+    times = latency({"one": one, "other": other}, (), repeats=ROUNDS, warmup=1)
+    return 1e3 * times["one"].median, 1e3 * times["other"].median
 
 
 def _named(region: Region) -> str:
@@ -265,13 +359,8 @@ def _report(
     found: list[Region],
     reasons: dict[str, str],
 ) -> CompressionReport:
-    wanted, got = (list(tensors_of(m(*args, **kwargs))) for m in (dense, result))
-    difference = 0.0
-    for a, b in zip(wanted, got, strict=True):
-        if a.numel() and a.is_floating_point():
-            difference = max(difference, float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
-    timed = _Timed({"dense": lambda: dense(*args, **kwargs), "compressed": lambda: result(*args, **kwargs)})
-    before, after = timed.median("dense"), timed.median("compressed")
+    difference = _difference(dense, result, args, kwargs)
+    after, before = _medians(partial(result, *args, **kwargs), partial(dense, *args, **kwargs))
     threads = torch.get_num_threads()
     layers: list[LayerReport] = []
     for region in found:

@@ -19,7 +19,7 @@ import numpy as np
 from prunus.errors import InvalidValue, Unsupported
 from prunus.runtime.records import RECORDS, Record, Step
 
-INTERFACE = 1
+INTERFACE = 2
 _NAMES = ("_engine.so", "_engine.dylib")
 
 
@@ -148,6 +148,7 @@ class Program:
         self._steps = (Step * max(1, len(self.records)))()
         for step, record in zip(self._steps, self.records, strict=False):
             step.kind, step.layer = record.kind, ctypes.addressof(record)  # type: ignore[attr-defined]
+            step.joined = int(record.joined)
 
     def run(self, threads: int = 1) -> None:
         """Run all steps on at most `threads` threads; other programs that run meanwhile get one thread each."""

@@ -10,7 +10,13 @@ import numpy as np
 
 
 class Record(ctypes.Structure):
-    """A structure of the engine; arrays given for pointers are kept alive with it."""
+    """A structure of the engine; arrays given for pointers are kept alive with it.
+
+    Attributes:
+        joined: whether each task of the next record may run right after the same task of this one.
+    """
+
+    joined = False
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
@@ -29,9 +35,15 @@ class Record(ctypes.Structure):
 
 
 class Stream(Record):
-    """Sparse matrix times lane-blocked activations."""
+    """Sparse matrix times lane-blocked activations.
+
+    Attributes:
+        widths_, positions_: of a convolution, the tiles of one image: vectors, and first pixels.
+    """
 
     kind = 0
+    widths_: Any = None
+    positions_: Any = None
     _fields_ = [
         ("block", c_int32),
         ("groups", c_int32),
@@ -200,9 +212,9 @@ class Gemv(Record):
 
 
 class Step(ctypes.Structure):
-    """One operator of a program: its kind and its record."""
+    """One operator of a program: its kind, whether the next one is joined to it, and its record."""
 
-    _fields_ = [("kind", c_int32), ("padding_", c_int32), ("layer", c_void_p)]
+    _fields_ = [("kind", c_int32), ("joined", c_int32), ("layer", c_void_p)]
 
 
 RECORDS: tuple[type[Record], ...] = (Stream, Copy, Window, Mean, Pointwise, Transpose, Gemv)

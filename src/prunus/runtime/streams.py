@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from prunus.errors import InvalidValue
 from prunus.runtime import gemv
 from prunus.runtime.network import Layer
 from prunus.runtime.pack import BLOCKS, Packed, chunks_of, filling, pack
-from prunus.runtime.planes import VECTOR, Tiles, split, tiles
+from prunus.runtime.planes import VECTOR, WIDTHS, Geometry, Tiles, split, tiles
 from prunus.runtime.records import ACTIVATIONS, Pointwise, Record, Stream, Transpose
 
 # Bytes of inputs that a k-block may touch so that they stay in the first-level cache.
@@ -41,7 +42,7 @@ class Streams:
         if one_pixel and b.shapes[layer.name][1:] == (1, 1):
             self.linear(layer, _of_one_pixel(layer))
             return
-        y = b.made(layer)
+        y = b.made(layer, over_residual=True)
         out, per_group, *kernel = weight.shape
         groups = layer.options["groups"]
         view = window_view(b, layer, x, y.geometry, kernel, copy=one_pixel)  # which has no zeros around it
@@ -54,28 +55,30 @@ class Streams:
         offsets = (np.arange(channels)[:, None] * view.channel_bytes + view.offsets).ravel()
         if abs(offsets).max(initial=0) >= 2**31:
             raise InvalidValue(f"{layer.label or layer.name}: images of this size do not fit the engine's offsets.")
-        rows = tiles(view.geometry, y.geometry, 14)
-        positions = int(rows.widths.sum()) * b.images
-        halo = (kernel[0] - 1) * view.geometry.pitch * view.geometry.pixel if b.lanes == 1 else 0
+        # All layers that write images of one size use one width, so that they can be joined tile by tile.
+        width = width_for(view.geometry, y.geometry)
+        positions = int(tiles(view.geometry, y.geometry, width).widths.sum()) * b.images
 
         def make(candidate: tuple[Any, ...]) -> list[Record]:
             block, width, cache = candidate
             cut = tiles(view.geometry, y.geometry, width)
-            # A k-block's inputs: per channel the tile, and what its taps reach beyond.
-            each = int(cut.widths.max()) * 64 * (kernel[0] if b.lanes == VECTOR else 1) + halo
+            # A k-block's inputs: per channel and row of taps the tile, and the lines that its taps reach into.
+            each = kernel[0] * (int(cut.widths.max()) * 64 + (64 * kernel[1] if count > 1 else 0))
             inner = channels if not cache or groups > 1 else max(1, min(channels, cache // each))
             inner = -(-channels // -(-channels // inner))
             part = (np.arange(channels) // inner).repeat(count)
             packed = pack(row, taps, values, offsets, part, out, block)
             repeated = _for_images(cut, b.images, view.image_bytes, y.geometry.image_bytes)
             record = self._record(layer, packed, repeated)
+            record.widths_, record.positions_ = cut.widths, cut.y // y.geometry.pixel
             record.put("y_channel", y.geometry.plane_bytes)
             record.put("x", view.address)
             record.put("y", y.start)
             record.put("residual", b.places[layer.residual].start if layer.residual else None)
             return [record]
 
-        self._picked(layer, weight.reshape(out, -1), positions, make, f"{kernel}s{layer.options['stride']}g{groups}")
+        form = f"{kernel}s{layer.options['stride']}g{groups}"
+        self._picked(layer, weight.reshape(out, -1), positions, make, form, widths=(width,))
         b.done()
 
     # -- linear layers -----------------------------------------------------------------------------------------------
@@ -196,11 +199,12 @@ class Streams:
         make: Callable[[tuple[Any, ...]], list[Record]],
         form: str,
         others: Sequence[tuple[Any, ...]] = (),
+        widths: Sequence[int] = (),
     ) -> None:
         b = self.builder
         tuner = b.tuner
         fillings = {block: filling(weight, block) for block in BLOCKS if weight.shape[0] % block == 0}
-        candidates = [*others, *_candidates(fillings, vectors, weight.shape[1])]
+        candidates = [*others, *_candidates(fillings, vectors, weight.shape[1], widths)]
         kept = " ".join(f"{block}:{fill:.2f}" for block, fill in fillings.items())
         key = f"{form} {weight.shape} {vectors} vectors of {b.lanes}, {tuner.threads} threads, {kept}"
         chosen, records = tuner.pick(key, candidates, make)
@@ -244,7 +248,29 @@ def _for_images(cut: Tiles, images: int, x_image: int, y_image: int) -> Tiles:
     )
 
 
-def _candidates(fillings: dict[int, float], vectors: int, inputs: int) -> list[tuple[Any, ...]]:
+def width_for(read: Geometry, written: Geometry) -> int:
+    """Return the vectors per tile: enough to hide the latency of multiply-adds, few enough to fit, little waste."""
+    run = tiles(read, written, 14)
+    rows = written.height if len(run.x) % written.height == 0 and written.height > 1 and _rowwise(run, written) else 1
+    whole = int(run.widths.sum()) // rows
+    best, least = 1, math.inf
+    for width in (8, 7, 6, 5, 4):
+        parts = -(-whole // width)
+        cost = (1 + 1.1 / width) * parts * min(width, whole) / whole
+        if cost < least - 1e-9:
+            best, least = min(width, whole), cost
+    return best
+
+
+def _rowwise(run: Tiles, written: Geometry) -> bool:
+    """Whether every row of positions starts a tile of its own."""
+    starts = np.arange(written.height) * written.pitch * written.pixel
+    return bool(np.isin(starts, run.y).all())
+
+
+def _candidates(
+    fillings: dict[int, float], vectors: int, inputs: int, widths: Sequence[int] = ()
+) -> list[tuple[Any, ...]]:
     """Return (block, vectors per tile, bytes per k-block) worth a try, the likeliest first."""
     # Loads and multiply-adds per position: single weights load for every product, blocks once for all rows.
     cost = {block: fill * (1.0 if block == 1 else 0.55 + 0.45 / block) for block, fill in fillings.items()}
@@ -252,9 +278,9 @@ def _candidates(fillings: dict[int, float], vectors: int, inputs: int) -> list[t
     blocks = sorted((b for b in cost if cost[b] <= 1.5 * cheapest + 1e-9), key=lambda b: (cost[b], b))[:3]
     result: list[tuple[Any, ...]] = []
     for block in blocks:
-        for width in (4, 6, 8, 12) if block == 1 else (3, 4, 6, 8) if block < 8 else (1, 2, 3, 4):
+        for width in widths or ((4, 6, 8, 12) if block == 1 else (3, 4, 6, 8) if block < 8 else (1, 2, 3, 4)):
             width = min(width, vectors)
-            width = max(w for w in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14) if w <= width)
+            width = max(w for w in WIDTHS if w <= width)
             for cache in (_CACHE, 0) if inputs * width * 64 > _CACHE else (0,):
                 if (block, width, cache) not in result:
                     result.append((block, width, cache))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils._pytree import tree_map
@@ -67,6 +68,15 @@ def exported(model: nn.Module, example: Any) -> fx.GraphModule:
         Unsupported: torch.export cannot read the model.
         InvalidValue: the model cannot run the example.
     """
+    return _exported(model, example, _module)  # type: ignore[no-any-return]
+
+
+def program_of(model: nn.Module, example: Any) -> torch.export.ExportedProgram:
+    """Return the exported program itself, for batches of any size where the model allows it; raises as `exported`."""
+    return _exported(model, example, lambda program: program)  # type: ignore[no-any-return]
+
+
+def _exported(model: nn.Module, example: Any, finish: Callable[[Any], Any]) -> Any:
     args, kwargs = arguments(example)
     with torch.no_grad():
         try:
@@ -82,14 +92,24 @@ def exported(model: nn.Module, example: Any) -> fx.GraphModule:
             free = {n: {0: auto} if _has_batch(v, batch) else None for n, v in _named(model, args, kwargs).items()}
             try:
                 program = torch.export.export(model, *twice, dynamic_shapes=free, strict=False)
-                return _module(program)
+                if batch > 1 or any_batch(program):
+                    return finish(program)
+                reason = "the model's code fixes the batch size"
             except Exception as error:  # whatever a model's code raises
                 reason = str(error)
         try:
-            return _module(torch.export.export(model, args, kwargs, strict=False))
+            return finish(torch.export.export(model, args, kwargs, strict=False))
         except Exception as error:
             reason = f"{type(error).__name__}: {error or reason}".splitlines()[0]
     raise Unsupported(f"torch.export cannot read {type(model).__name__}: {reason}")
+
+
+def any_batch(program: torch.export.ExportedProgram) -> bool:
+    """Return whether an exported program leaves the first size of all its inputs open."""
+    users = program.graph_signature.user_inputs
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    return bool(shapes) and all(len(shape) and not is_concrete_int(shape[0]) for shape in shapes)
 
 
 def _module(program: Any) -> fx.GraphModule:

@@ -42,15 +42,17 @@ int available(const Kernels* sets[MOST_SETS]) {
 }
 
 struct Step {
-  int32_t kind, padding_;
+  int32_t kind;
+  int32_t joined;  // whether task i of the next step may follow task i of this one before other tasks are done
   const void* layer;
 };
 
 
-// What `share` carries to the threads.
+// What `share` carries to the threads: steps whose tasks belong together, one after the other.
 struct Call {
   const Kernels* kernels;
-  const void* layer;
+  const Step* steps;
+  int64_t count;
 };
 
 int64_t tasks_of(const Step& step) {
@@ -72,21 +74,21 @@ int64_t tasks_of(const Step& step) {
   return -1;
 }
 
-Task function_of(int kind) {
-  switch (kind) {
-#define TASK(KIND, Layer, member) \
-  case KIND:                      \
-    return [](const void* c, int64_t i) { ((const Call*)c)->kernels->member(*(const Layer*)((const Call*)c)->layer, i); };
-    TASK(STREAM, StreamLayer, stream)
-    TASK(COPY, CopyLayer, copy)
-    TASK(WINDOW, WindowLayer, window)
-    TASK(MEAN, MeanLayer, mean)
-    TASK(POINTWISE, PointwiseLayer, pointwise)
-    TASK(TRANSPOSE, TransposeLayer, transpose)
-    TASK(GEMV, GemvLayer, gemv)
-#undef TASK
+void run_task(const void* context, int64_t number) {
+  const Call& call = *(const Call*)context;
+  const Kernels& k = *call.kernels;
+  for (int64_t i = 0; i < call.count; i++) {
+    const void* layer = call.steps[i].layer;
+    switch (call.steps[i].kind) {
+      case STREAM: k.stream(*(const StreamLayer*)layer, number); break;
+      case COPY: k.copy(*(const CopyLayer*)layer, number); break;
+      case WINDOW: k.window(*(const WindowLayer*)layer, number); break;
+      case MEAN: k.mean(*(const MeanLayer*)layer, number); break;
+      case POINTWISE: k.pointwise(*(const PointwiseLayer*)layer, number); break;
+      case TRANSPOSE: k.transpose(*(const TransposeLayer*)layer, number); break;
+      case GEMV: k.gemv(*(const GemvLayer*)layer, number); break;
+    }
   }
-  return nullptr;
 }
 
 }  // namespace
@@ -97,7 +99,7 @@ Task function_of(int kind) {
 extern "C" {
 
 // Raised whenever a structure or the meaning of a field changes.
-EXPORT int32_t prunus_interface() { return 1; }
+EXPORT int32_t prunus_interface() { return 2; }
 
 EXPORT int32_t prunus_instruction_sets() {
   const prunus::Kernels* sets[prunus::MOST_SETS];
@@ -144,7 +146,7 @@ EXPORT void* prunus_allocate(int64_t bytes) {
 
 EXPORT void prunus_release(void* memory) { free(memory); }
 
-// Run steps in order on up to `threads` threads with instruction set number `set`. If `seconds` is not null it gets the
+// Run steps in order, joined ones task by task, on up to `threads` threads with instruction set number `set`. If `seconds` is not null it gets the
 // time of every step. Returns 0, 1 for an unknown set and 2 for an unknown step; nothing has run then.
 EXPORT int32_t prunus_run(const prunus::Step* steps, int64_t count, int32_t threads, int32_t set, double* seconds) {
   const prunus::Kernels* sets[prunus::MOST_SETS];
@@ -152,11 +154,15 @@ EXPORT int32_t prunus_run(const prunus::Step* steps, int64_t count, int32_t thre
   for (int64_t i = 0; i < count; i++)
     if (steps[i].kind < 0 || steps[i].kind >= prunus::KINDS) return 2;
   const int held = prunus::acquire_workers(threads);
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i = 0; i < count;) {
     const auto start = std::chrono::steady_clock::now();
-    const prunus::Call call{sets[set], steps[i].layer};
-    prunus::share(held, prunus::tasks_of(steps[i]), prunus::function_of(steps[i].kind), &call);
+    int64_t end = i + 1;
+    // Times are taken step by step, so nothing is joined then.
+    while (!seconds && end < count && steps[end - 1].joined) end++;
+    const prunus::Call call{sets[set], steps + i, end - i};
+    prunus::share(held, prunus::tasks_of(steps[i]), prunus::run_task, &call);
     if (seconds) seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    i = end;
   }
   prunus::release_workers(held);
   return 0;
