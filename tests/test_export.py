@@ -289,6 +289,14 @@ def test_a_compressed_model_is_a_package_or_says_why_not(image: torch.Tensor, tm
     assert {p.name for p in tmp_path.iterdir()} == {"net.prunus", "same.prunus"}
 
 
+def test_what_torch_runs_for_want_of_an_engine_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunus.runtime.compress.why_not", lambda: "no compiler")
+    fast = prunus.compress(nn.Linear(64, 64), torch.ones(2, 64))
+    with pytest.raises(Unsupported, match="whole"):
+        fast.save(tmp_path / "net.prunus")
+    assert not list(tmp_path.iterdir())
+
+
 def test_transformers_folders(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from prunus.models.create import create

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -161,7 +161,7 @@ def whole_network(model: Compressed) -> tuple[EngineRegion, Network]:
     Raises:
         Unsupported: there is more than that.
     """
-    nodes = list(cast(fx.GraphModule, model.inner).graph.nodes)
+    nodes = list(model.inner.graph.nodes) if isinstance(model.inner, fx.GraphModule) else []
     calls = [node for node in nodes if node.op in ("call_module", "call_method", "call_function")]
     calls = [node for node in calls if node.target is not operator.getitem]
     region = model.inner.get_submodule(str(calls[0].target)) if calls and calls[0].op == "call_module" else None

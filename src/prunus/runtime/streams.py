@@ -93,6 +93,8 @@ class Streams:
         row, tap = (i.astype(np.int64) for i in np.nonzero(weight))
         values = weight[row, tap]
         vectors = b.images if b.lanes == VECTOR else -(-b.batch // VECTOR)
+        if inputs * WIDTHS[-1] * 64 >= 2**31:
+            raise InvalidValue(f"{layer.label or layer.name}: {inputs} inputs do not fit the engine's offsets.")
 
         def make(candidate: tuple[Any, ...]) -> list[Record]:
             if candidate[0] == "rows":
