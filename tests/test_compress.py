@@ -117,6 +117,49 @@ def test_the_whole_network_is_one_region_with_norms_and_sums_folded(net, fast, i
     assert str(report).splitlines()[0] == report.sentence
 
 
+def test_shortcuts_without_weights_are_convolutions_by_an_identity(image):
+    from prunus.models.resnet import resnet20
+
+    model = pruned(resnet20(10, (3, 32, 32)))
+    _, found, reasons = regions(exported(copy.deepcopy(model), image))
+    assert len(found) == 1
+    assert not reasons
+    steps = [layer for layer in found[0].network.layers if layer.options.get("stride") == (2, 2)]
+    assert sorted(layer.weight.shape for layer in steps) == [
+        (32, 16, 1, 1),
+        (32, 16, 3, 3),
+        (64, 32, 1, 1),
+        (64, 32, 3, 3),
+    ]
+    fast = prunus.compress(model, image, engine="always", timing=False)
+    for batch in (1, 2, 20):
+        x = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            same(model(x), fast(x))
+
+
+class Slices(nn.Module):
+    """Slices and pads that are and are not what the engine takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.layer(x)
+        steps = nn.functional.pad(x[:, :, ::3, ::2], (0, 0, 0, 0, 1, 2))
+        window = nn.functional.pad(x[:, 1:4, 1:9, 2:], (1, 1), value=2.0)
+        return steps.relu(), window, x[..., ::2]
+
+
+def test_slices_and_pads(image):
+    model = Slices().eval()
+    fast = prunus.compress(model, image, engine="always", timing=False)
+    with torch.no_grad():
+        for want, got in zip(model(image), fast(image), strict=True):
+            same(want, got)
+
+
 def test_what_the_engine_does_not_know_stays_in_torch_and_is_named(image):
     model = pruned(Mixed())
     fast = prunus.compress(model, image, engine="always", timing=False)

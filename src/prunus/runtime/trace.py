@@ -57,6 +57,9 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten
           aten.detach.default, aten.alias.default}  # fmt: skip
 
 
+_SLICE = (("dim", 0), ("start", None), ("end", None), ("step", 1))
+
+
 class NotForEngine(Exception):
     """A region that the engine does not compute after all."""
 
@@ -215,6 +218,8 @@ def known(node: Any) -> bool:
     if t is aten.mean.dim:
         axes = {d % 4 for d in a[1]} if _dims(_value(a[0])) == 4 and a[1] is not None else set()
         return axes == {2, 3}
+    if t in (aten.slice.Tensor, aten.pad.default):
+        return _dims(_value(a[0])) == 4 and _static(a[0]) and _selection(node) is not None
     if t is aten.cat.default:
         axis = _option(node, 1, "dim", 0)
         return axis == 1 and all(_dims(_value(x)) == 4 for x in a[0])
@@ -253,6 +258,21 @@ def _alike(node: Any) -> bool:
 
 def _is_pixel(shape: Any) -> bool:
     return len(shape) == 4 and all(isinstance(s, int) and s == 1 for s in shape[2:])
+
+
+def _selection(node: Any) -> tuple[int, int, int, int] | None:
+    """Return (step of rows, step of columns, channels of zeros before, after) of a slice or pad; None for others."""
+    a = node.args
+    if node.target is aten.slice.Tensor:
+        axis, start, end, step = (_option(node, i + 1, n, d) for i, (n, d) in enumerate(_SLICE))
+        whole = isinstance(start, int | None) and not start and (end is None or (isinstance(end, int) and end >= 2**31))
+        if not whole or (axis not in (2, 3) and step != 1):
+            return None
+        return (step if axis == 2 else 1, step if axis == 3 else 1, 0, 0)
+    around = list(a[1])
+    zero = _option(node, 2, "mode", "constant") == "constant" and not _option(node, 3, "value", None)
+    channels = len(around) == 6 and not any(around[:4]) and all(isinstance(n, int) and n >= 0 for n in around)
+    return (1, 1, around[4], around[5]) if zero and channels else None
 
 
 def _flattens(node: Any) -> bool:
@@ -374,6 +394,7 @@ class _Converter:
         self.layers: dict[str, Layer] = {}
         self.names: dict[fx.Node, str] = {}
         self.linear_inputs: list[Any] = []
+        self.selections: set[str] = set()  # convolutions that only pick positions and add channels of zeros
         self.labels = labels
 
     def value(self, node: fx.Node, layer: Layer) -> None:
@@ -432,12 +453,35 @@ class _Converter:
             self.value(node, Layer("mean", node.name, (self.names[a[0]],), label=label))
             if _dims(_value(node)) == 2:
                 self.value(node, Layer("flatten", f"{node.name}_rows", (node.name,), label=label))
+        elif t in (aten.slice.Tensor, aten.pad.default):
+            self._selected(node, label)
         elif t is aten.cat.default:
             self.value(node, Layer("concatenate", node.name, tuple(self.names[x] for x in a[0]), label=label))
         elif t in (aten.flatten.using_ints, aten.view.default, aten.reshape.default):
             self.value(node, Layer("flatten", node.name, (self.names[a[0]],), label=label))
         else:
             self.names[node] = self.names[a[0]]
+
+    def _selected(self, node: Any, label: str) -> None:
+        """Positions in steps, and channels of zeros, are a convolution whose weights are an identity."""
+        selection = _selection(node)
+        assert selection is not None
+        *steps, before, after = selection
+        if selection == (1, 1, 0, 0):
+            self.names[node] = self.names[node.args[0]]
+            return
+        source = self.names[node.args[0]]
+        weight = np.eye(_value(node.args[0]).shape[1], dtype=np.float32)
+        host = self.host(node.args[0])
+        if host is not None and host.name in self.selections and host.residual is None:
+            assert host.weight is not None
+            steps = [a * b for a, b in zip(steps, host.options["stride"], strict=True)]
+            source, weight = host.inputs[0], host.weight[:, :, 0, 0]
+            del self.layers[host.name]
+        weight = np.pad(weight, ((before, after), (0, 0)))[:, :, None, None]
+        options = {"stride": tuple(steps), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        self.value(node, Layer("convolution", node.name, (source,), weight, options=options, label=label))
+        self.selections.add(node.name)
 
     def _norm(self, node: Any, array: Callable[[Any], Array | None], label: str) -> None:
         """y = gain (x - mean) / sqrt(variance + eps) + shift, folded into what made x if nothing else reads it."""
